@@ -1,0 +1,1 @@
+"""Networks and mathematics: tensors in, tensors out. Knows neither Ray nor tables nor people."""

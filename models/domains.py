@@ -1,0 +1,49 @@
+"""The table of domains: a base diffusion model with everything that belongs to it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.recipe import Recipe
+
+_PIXELFACE = Path(__file__).parent / "pixelface" / "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One base model. ``weights`` is a folder in the layout of a diffusers DDPM repository (``config.json``,
+    ``diffusion_pytorch_model.safetensors``, ``scheduler_config.json``); ``clip`` is a folder for open_clip's local loading."""
+
+    name: str
+    noun: str
+    """What its images are called in texts: the source text of an attribute unless it says otherwise."""
+    image_size: int
+    weights: Path
+    clip: Path
+    edits: Path
+    """Where its ready-made edit models live."""
+    about: str
+    licence: str
+    recipe: Recipe = field(default_factory=Recipe)
+    known_words_only: bool = False
+    """True if its CLIP has seen few words, so that a text with other words must be refused."""
+    judge: Path | None = None
+    """A factor classifier, where the domain's images have known factors."""
+    held_out: Path | None = None
+    """Images that no training has seen."""
+
+
+DOMAINS: dict[str, Domain] = {
+    "pixelface": Domain(
+        name="pixelface",
+        noun="face",
+        image_size=32,
+        weights=_PIXELFACE / "diffusion",
+        clip=_PIXELFACE / "clip",
+        edits=_PIXELFACE / "edits",
+        about="32x32 pixel-art faces with known factors; small enough for two cores, shipped with the project",
+        licence="drawings CC0 1.0 (DiceBear pixel-art), weights Apache-2.0",
+        known_words_only=True,
+        judge=_PIXELFACE / "judge.safetensors",
+        held_out=_PIXELFACE.parent / "held_out.parquet",
+    ),
+}

@@ -1,0 +1,57 @@
+"""A diffusers UNet2DModel behind the NoiseModel contract."""
+
+import json
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from models.diffusion import linear_alpha_bars
+from models.weights import WeightsError, load_into
+
+
+class NoiseUNet(nn.Module):
+    """x (B, C, H, W) float32 in about [-1, 1], t (B,) int64 -> predicted noise, shape of x, float32.
+
+    Channels beyond x's own are a learned variance (iDDPM, ADM) and are cut off here, once. ``precision`` is that of the
+    network's arithmetic; weights stay float32.
+    """
+
+    def __init__(self, unet: UNet2DModel, precision: str = "float32"):
+        super().__init__()
+        self.unet = unet
+        self.dtype = getattr(torch, precision)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            noise = self.unet(x, t, return_dict=False)[0]
+        return noise[:, : x.shape[1]].float()
+
+
+@lru_cache(maxsize=2)
+def load_base(folder: Path, precision: str = "float32") -> NoiseUNet:
+    """The base model of a diffusers folder, frozen, in evaluation mode; one object however often it is asked for, so
+    copy it before you change it. Raises WeightsError if the folder does not fit."""
+    for name in ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"):
+        if not (folder / name).is_file():
+            raise WeightsError(f"{folder} has no {name}; it must be a diffusers UNet2DModel folder with safetensors weights")
+    unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    return NoiseUNet(unet, precision).requires_grad_(False).eval()
+
+
+def load_edit_model(folder: Path, file: Path, precision: str = "float32") -> NoiseUNet:
+    """A copy of the base model with an edit model's weights. Raises WeightsError if they do not fit."""
+    model = deepcopy(load_base(folder, precision))
+    load_into(model.unet, file)
+    return model
+
+
+def load_alpha_bars(folder: Path) -> Tensor:
+    """float32 (T,) from ``scheduler_config.json``. Raises WeightsError for a schedule or prediction type it does not know."""
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    if config.get("beta_schedule", "linear") != "linear" or config.get("prediction_type", "epsilon") != "epsilon":
+        raise WeightsError(f"{folder}: only linear betas and noise (epsilon) prediction are supported; got {config}")
+    return linear_alpha_bars(config["num_train_timesteps"], config["beta_start"], config["beta_end"])

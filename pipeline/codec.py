@@ -1,0 +1,102 @@
+"""Bytes of pictures and latents <-> tensors: the only place where a bad image can fail."""
+
+import io
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats that are decoded; others (EPS, PDF ...) may start programs or fetch files."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000
+BACKGROUND = (255, 255, 255)
+"""What shows through transparent pixels."""
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message is the reason that its row keeps."""
+
+
+def decode(data: bytes | None, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 (3, size, size) RGB from an encoded picture. Raises ImageError with the reason, and nothing else.
+
+    EXIF rotation is applied, transparency is laid on white, of an animation the first frame counts, 16 bits become 8,
+    any aspect is cut to the centre square and resized with antialiasing (Lanczos).
+    """
+    if data is None:
+        raise ImageError("the image is null")
+    if not data:
+        raise ImageError("the image has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise ImageError(f"the image has {width}x{height} pixels; at most {max_pixels} are decoded")
+                picture.draft("RGB", (size, size))
+                picture.load()
+                rgb = _to_rgb(ImageOps.exif_transpose(picture))
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"the image has too many pixels; at most {max_pixels} are decoded") from None
+    except Exception as error:  # decoders raise nearly anything (struct.error, SyntaxError, zlib.error ...)
+        raise ImageError(f"the image is damaged: {str(error) or type(error).__name__}"[:200]) from None
+    fitted = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(fitted, np.uint8).transpose(2, 0, 1)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey; Pillow's own conversion clips it
+        values = np.asarray(picture, np.float64)
+        top = 65535.0 if picture.mode.startswith("I") else max(float(np.nanmax(values)), 1e-9)
+        return Image.fromarray(np.clip(np.nan_to_num(values) / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        rgba = picture.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of a uint8 (3, H, W) RGB picture."""
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(out, "PNG")
+    return out.getvalue()
+
+
+def to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """uint8 (3, H, W) pictures -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+
+
+def to_pictures(images: Tensor) -> list[np.ndarray]:
+    """float32 (B, 3, H, W) in [-1, 1] (clipped) -> uint8 pictures, rounded to nearest."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return list(pixels.cpu().numpy())
+
+
+def latents_to_arrow(latents: list[np.ndarray | None], size: int) -> pa.Array:
+    """float (3, size, size) latents or None -> fixed-size list of float16, C order; the shape goes into the metadata."""
+    length = 3 * size * size
+    flat = np.zeros((len(latents), length), np.float16)
+    missing = np.ones(len(latents), bool)
+    for row, latent in enumerate(latents):
+        if latent is not None:
+            flat[row], missing[row] = latent.reshape(-1), False
+    values = pa.array(flat.reshape(-1), pa.float16())
+    return pa.FixedSizeListArray.from_arrays(values, length, mask=pa.array(missing))
+
+
+def latents_from_arrow(column: pa.ChunkedArray | pa.Array, size: int) -> Tensor:
+    """float32 (B, 3, size, size) from a latent column without nulls."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(flat.astype(np.float32)).view(len(array), 3, size, size)

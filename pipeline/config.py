@@ -1,0 +1,172 @@
+"""What a run is asked to do: frozen, keyword-only, checked before anything starts."""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+
+from models.domains import Domain
+from models.finetune import Tuning
+from models.recipe import Recipe
+from pipeline.codec import MAX_PIXELS
+
+
+class ConfigError(ValueError):
+    """A request that cannot be carried out; lists every problem at once. Nothing has been started or written."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def unknown(kind: str, name: str, allowed: list[str]) -> str:
+    """One sentence for a name that is not in a table, with the nearest match."""
+    near = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}: allowed {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed) or 'nothing'}{hint}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where rows come from: a folder of pictures, a Parquet file, or a folder of Parquet files; any fsspec address."""
+
+    path: str
+    id_column: str = "id"
+    """Column of unique ids; where the input has no such column, ids are made from file and row."""
+    image_column: str = "image"
+    limit: int | None = None
+    """Only the first so many rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a run may use. Whether GPUs are used is said here and nowhere else: the driver may have none."""
+
+    workers: int = 1
+    """At most this many actors, each with its own copy of the model."""
+    gpus: float = 0.0
+    """GPUs an actor; a fraction packs several on one; 0 runs on the CPU."""
+    cpus: float = 1.0
+    """CPUs an actor, and its number of threads."""
+    batch: int = 16
+    """Images in one model call; the last batch is padded to this, so that its arithmetic is that of the others."""
+    block_rows: int = 64
+    """Rows that are read, edited and written together, as one output file: what a crash costs."""
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus > 0 else "cpu"
+
+    def problems(self) -> list[str]:
+        """Sentences that say what is impossible about these numbers; empty if nothing is."""
+        found = []
+        for name in ("workers", "batch", "block_rows", "max_pixels"):
+            if getattr(self, name) < 1:
+                found.append(f"{name.replace('_', ' ')} must be at least 1; got {getattr(self, name)}")
+        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
+            found.append(f"GPUs an actor must be 0, a fraction below 1, or a whole number; got {self.gpus}")
+        if self.cpus < 0:
+            found.append(f"CPUs an actor must not be negative; got {self.cpus}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One edit model of an edit: its weights, how much of it, and the words it was tuned for."""
+
+    name: str
+    file: Path
+    weight: float
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One attribute (one part), a mix (several) or the plain reconstruction (none), and how strongly."""
+
+    parts: tuple[Part, ...] = ()
+    degree: float = 1.0
+    """0 = reconstruction, 1 = the full edit, also beyond."""
+
+    @property
+    def attribute(self) -> str:
+        """``glasses``, ``glasses_and_hat`` or ``none``."""
+        return "_and_".join(part.name for part in self.parts) or "none"
+
+    @property
+    def name(self) -> str:
+        """Of the edit's own folder: the attribute, and the degree where it is not 1."""
+        return self.attribute if self.degree == 1 else f"{self.attribute}_x{self.degree:g}"
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the base model and of each part: base + degree * sum of weight * (part - base); they sum to 1."""
+        parts = [self.degree * part.weight for part in self.parts]
+        return [1 - sum(parts), *parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One pass over a dataset: without edits it makes latents, with edits one dataset for each, in a folder of its own."""
+
+    source: Source
+    output: str
+    domain: Domain
+    recipe: Recipe
+    edits: tuple[Edit, ...] = ()
+    resources: Resources = field(default_factory=Resources)
+    max_reject_rate: float = 0.1
+    overwrite: bool = False
+    command: str = ""
+    """The command line that asked for this run, for the record."""
+
+    @property
+    def kind(self) -> str:
+        return "edits" if self.edits else "latents"
+
+    def problems(self) -> list[str]:
+        """Everything that is impossible in the numbers, before any file is looked at."""
+        found = self.recipe.problems() + self.resources.problems()
+        if not 0 <= self.max_reject_rate <= 1:
+            found.append(f"the greatest share of rejects must lie between 0 and 1; got {self.max_reject_rate}")
+        if self.source.limit is not None and self.source.limit < 1:
+            found.append(f"the limit of rows must be at least 1; got {self.source.limit}")
+        for edit in self.edits:
+            if not -5 <= edit.degree <= 5:
+                found.append(f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {edit.degree}")
+        names = [edit.name for edit in self.edits]
+        found += [f"edit {name!r} is asked for twice" for name in sorted(set(names)) if names.count(name) > 1]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRun:
+    """Fine-tuning one attribute on a latents table."""
+
+    latents: str
+    output: Path
+    domain: Domain
+    attribute: str
+    source_text: str
+    target_text: str
+    recipe: Recipe
+    tuning: Tuning
+    workers: int = 1
+    gpus: float = 0.0
+    cpus: float = 1.0
+    storage: Path | None = None
+    """Where Ray Train keeps checkpoints; beside the output if None."""
+
+    def problems(self) -> list[str]:
+        found = self.recipe.problems() + self.tuning.problems()
+        if self.workers < 1:
+            found.append(f"workers must be at least 1; got {self.workers}")
+        return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the arithmetic and the files."""
+    names = ("torch", "diffusers", "open_clip_torch", "ray", "pyarrow", "pillow")
+    return {name: version(name) for name in names}

@@ -1,0 +1,317 @@
+"""Ray Data: blocks of rows through a pool of actors into Parquet files, every input row accounted for."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import torch
+from fsspec.core import url_to_fs
+
+from models.domains import Domain
+from models.pixelface.avatars import FACTORS
+from models.weights import WeightsError, fingerprint, load_card
+from pipeline import schema
+from pipeline.config import ConfigError, Edit, Run, Source, versions
+from pipeline.sources import Block, Input, check_ids, find, plan_blocks, read_block
+from pipeline.stages import Apply, Invert, Score, Stage
+
+ROW_GROUP = 100
+"""Rows of a row group: what the Hub viewer allows for images."""
+RECORD = "_run.json"
+"""What made a dataset; the underscore keeps readers of Parquet folders from opening it."""
+
+
+class AuditError(RuntimeError):
+    """The ids of the output are not those of the input: the run must not be trusted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One dataset that a run writes: latents, or one edit."""
+
+    folder: str
+    edit: Edit | None
+    columns: pa.Schema
+    model_calls: int
+    """Network evaluations an image, without the way up that all edits of a run share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run: nothing has been started or written yet."""
+
+    run: Run
+    found: Input
+    blocks: list[Block]
+    input_ids: np.ndarray
+    """Sorted hashes of all input ids."""
+    outputs: tuple[Output, ...]
+
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations an image, all edits together."""
+        up = self.run.recipe.calls_up if self.run.edits and not self.found.has_latents else 0
+        return up + sum(output.model_calls for output in self.outputs)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """How far a run is; updated with each finished block."""
+
+    rows: int
+    done: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @property
+    def rejected(self) -> int:
+        return self.reasons.total()
+
+
+# ---- before anything starts ------------------------------------------------------------------------------------------
+
+
+def make_plan(run: Run) -> Plan:
+    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
+    problems = run.problems()
+    try:
+        found = find(run.source)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    problems += _latent_problems(run, found) + _edit_problems(run) + _name_problems(run, found) + _output_problems(run)
+    if problems:
+        raise ConfigError(*problems)
+    blocks = plan_blocks(found, run.resources.block_rows)
+    return Plan(run=run, found=found, blocks=blocks, input_ids=check_ids(found, blocks), outputs=_outputs(run, found))
+
+
+def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
+    about = {"domain": run.domain.name, "domain_fingerprint": fingerprint(run.domain.weights), "recipe": run.recipe.to_dict()}
+    if not run.edits:
+        columns = schema.latents_schema(found.user_columns, run.domain.image_size, about)
+        return (Output(folder=run.output, edit=None, columns=columns, model_calls=run.recipe.calls_up),)
+    factors = tuple(FACTORS) if run.domain.judge else ()
+    outputs = []
+    for edit in run.edits:
+        parts = [{"name": p.name, "weight": p.weight, "fingerprint": fingerprint(p.file)} for p in edit.parts]
+        columns = schema.edits_schema(found.user_columns, factors, {**about, "edit": parts, "degree": edit.degree})
+        calls = run.recipe.calls_down * sum(w != 0 for w in edit.weights)
+        outputs.append(Output(folder=f"{run.output.rstrip('/')}/{edit.name}", edit=edit, columns=columns, model_calls=calls))
+    return tuple(outputs)
+
+
+def latent_mismatch(found: Input, domain: Domain, wanted: dict[str, Any]) -> list[str]:
+    """What keeps latents from being used with this domain and recipe, by name; empty if they fit."""
+    about = schema.about(found.columns)
+    problems = []
+    if about.get("domain_fingerprint") != fingerprint(domain.weights):
+        problems.append(
+            f"the latents at {found.source.path} were made by base model {about.get('domain')} "
+            f"({about.get('domain_fingerprint')}), not by {domain.name} ({fingerprint(domain.weights)}); invert the images again"
+        )
+    for name, value in wanted.items():
+        made = about.get("recipe", {}).get(name)
+        if made != value:
+            problems.append(f"the latents at {found.source.path} were made with {name} {made}, but {value} is asked for")
+    return problems
+
+
+def _latent_problems(run: Run, found: Input) -> list[str]:
+    if not found.has_latents:
+        return []
+    if not run.edits:
+        return [f"{run.source.path} holds latents already; give images"]
+    return latent_mismatch(found, run.domain, run.recipe.of_latent())
+
+
+def _edit_problems(run: Run) -> list[str]:
+    problems = []
+    for part in {part.name: part for edit in run.edits for part in edit.parts}.values():
+        try:
+            card = load_card(part.file)
+        except WeightsError as error:
+            problems.append(str(error))
+            continue
+        if card.domain_fingerprint != fingerprint(run.domain.weights):
+            problems.append(
+                f"edit model {part.name} ({part.file}) belongs to base model {card.domain} ({card.domain_fingerprint}), "
+                f"not to {run.domain.name} ({fingerprint(run.domain.weights)}); fine-tune it again"
+            )
+    return problems
+
+
+def _name_problems(run: Run, found: Input) -> list[str]:
+    taken = {"id", "image", schema.ROW, schema.BLOCK, *schema.own_columns(run.kind)}
+    clash = [name for name in found.user_columns.names if name in taken]
+    return [f"column {name!r} of {run.source.path} has a name that this run writes; rename it first" for name in clash]
+
+
+def _output_problems(run: Run) -> list[str]:
+    try:
+        fs, root = url_to_fs(run.output)
+        files = [f for f in fs.find(root) if f.endswith(".parquet")] if fs.exists(root) else []
+        if fs.isfile(root):
+            return [f"the output {run.output} is a file; give a folder"]
+    except (ValueError, ImportError, OSError) as error:
+        return [f"the output {run.output} cannot be used: {error}"]
+    if root == url_to_fs(run.source.path)[1]:
+        return [f"input and output are the same: {run.output}; give another output folder"]
+    if files and not run.overwrite:
+        return [f"{run.output} holds {len(files)} Parquet files already; give another folder, or --overwrite"]
+    try:
+        fs.makedirs(root, exist_ok=True)
+        fs.touch(f"{root}/.writable", truncate=True)
+        fs.rm_file(f"{root}/.writable")
+    except OSError as error:
+        return [f"the output {run.output} cannot be written to: {error}"]
+    return []
+
+
+# ---- on the workers --------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """One actor of a run: blocks of rows in, a Parquet file for each output and a receipt out."""
+
+    def __init__(self, run: Run, outputs: tuple[Output, ...], has_latents: bool):
+        torch.set_num_threads(max(1, round(run.resources.cpus)))
+        self.invert = None if has_latents else Invert(run.domain, run.recipe, run.resources)
+        self.chains = [(output, edit_stages(run, output.edit)) for output in outputs]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        receipts = [self._finish(part) for part in split_blocks(table)]
+        errors = pa.array([errors for _, errors in receipts], pa.list_(pa.string()))
+        return pa.table({"rows": pa.array([rows for rows, _ in receipts]), "errors": errors})
+
+    def _finish(self, table: pa.Table) -> tuple[int, list[str]]:
+        name = f"part-{table[schema.ROW][0].as_py():012d}.parquet"
+        table = table.drop_columns([schema.ROW, schema.BLOCK])
+        latents = self.invert(table) if self.invert else table
+        errors: list[str] = []
+        for output, stages in self.chains:
+            done = latents
+            for stage in stages:
+                done = stage(done)
+            done = done.select(output.columns.names).cast(output.columns)
+            write_file(output.folder, name, done)
+            errors = [error for error in done["error"].to_pylist() if error is not None]
+        return len(table), errors
+
+
+def edit_stages(run: Run, edit: Edit | None) -> list[Stage]:
+    """What turns latents into one edit's rows; nothing for the latents themselves."""
+    if edit is None:
+        return []
+    return [Apply(run.domain, run.recipe, edit, run.resources), Score(run.domain, edit, run.resources)]
+
+
+def split_blocks(table: pa.Table) -> Iterator[pa.Table]:
+    """One table a block: a pool may hand several blocks to an actor at once, but each has a file of its own."""
+    for start in pc.unique(table[schema.BLOCK]).to_pylist():
+        yield table.filter(pc.equal(table[schema.BLOCK], start))
+
+
+def write_file(folder: str, name: str, table: pa.Table) -> None:
+    """Writes one Parquet file under its final name in one stroke: readers never see half of it, a retry replaces it."""
+    fs, root = url_to_fs(folder)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=ROW_GROUP, write_page_index=True)
+    data = sink.getvalue().to_pybytes()
+    if "file" in fs.protocol:
+        fs.pipe_file(f"{root}/.{name}.tmp", data)
+        fs.mv(f"{root}/.{name}.tmp", f"{root}/{name}")
+    else:  # object stores show a file when it is complete
+        fs.pipe_file(f"{root}/{name}", data)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def block_dataset(found: Input, blocks: list[Block]) -> ray.data.Dataset:
+    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by CPU tasks."""
+
+    def read(batch: pa.Table) -> pa.Table:
+        return read_block(found, blocks[batch["block"][0].as_py()])
+
+    numbers = ray.data.from_arrow([pa.table({"block": [i]}) for i in range(len(blocks))])
+    return numbers.map_batches(read, batch_size=1, batch_format="pyarrow")
+
+
+def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: None) -> Report:
+    """Runs a plan on the Ray cluster that is connected. Raises AuditError if the output's ids are not the input's."""
+    run, started = plan.run, time.monotonic()
+    report = Report(rows=plan.found.rows)
+    for output in plan.outputs:
+        _clear(output.folder)
+    receipts = block_dataset(plan.found, plan.blocks).map_batches(
+        Worker,
+        fn_constructor_args=(run, plan.outputs, plan.found.has_latents),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(run.resources.workers, len(plan.blocks))),
+        batch_size=max(block.rows for block in plan.blocks),
+        batch_format="pyarrow",
+        num_cpus=run.resources.cpus,
+        num_gpus=run.resources.gpus or None,
+    )
+    for receipt in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        report.done += sum(receipt["rows"].to_pylist())
+        for errors in receipt["errors"].to_pylist():
+            report.reasons.update(errors)
+        report.seconds = time.monotonic() - started
+        on_progress(report)
+    for output in plan.outputs:
+        audit(plan.input_ids, output.folder)
+        _write_record(plan, output, report)
+    return report
+
+
+def audit(input_ids: np.ndarray, folder: str) -> None:
+    """The hard gate: every input id (sorted hashes) stands in the output exactly once. Raises AuditError otherwise."""
+    out = find(Source(path=folder))
+    written = check_ids(out, plan_blocks(out, 10_000))
+    if not np.array_equal(written, input_ids):
+        lost, foreign = len(np.setdiff1d(input_ids, written)), len(np.setdiff1d(written, input_ids))
+        raise AuditError(f"{folder}: {lost} input ids are missing and {foreign} ids are not of the input; run again with --overwrite")
+
+
+def _clear(folder: str) -> None:
+    fs, root = url_to_fs(folder)
+    fs.makedirs(root, exist_ok=True)
+    for file in fs.find(root):
+        if file.endswith((".parquet", RECORD)):
+            fs.rm_file(file)
+
+
+def _write_record(plan: Plan, output: Output, report: Report) -> None:
+    run = plan.run
+    edit = output.edit
+    record = {
+        "command": run.command,
+        "kind": run.kind,
+        "input": run.source.path,
+        "domain": run.domain.name,
+        "recipe": run.recipe.to_dict(),
+        "edit": [{**asdict(part), "file": str(part.file)} for part in edit.parts] if edit else None,
+        "degree": edit.degree if edit else None,
+        "rows": report.rows,
+        "rejected": report.rejected,
+        "reasons": dict(report.reasons.most_common(20)),
+        "model_calls_per_image": output.model_calls,
+        "seconds": round(report.seconds, 2),
+        "versions": versions(),
+    }
+    fs, root = url_to_fs(output.folder)
+    fs.pipe_file(f"{root}/{RECORD}", json.dumps(record, indent=2).encode())
+
+
+def read_record(folder: str) -> dict[str, Any]:
+    """What ``execute`` wrote about a finished run; empty if there is no such record."""
+    fs, root = url_to_fs(folder)
+    return json.loads(fs.cat_file(f"{root}/{RECORD}")) if fs.exists(f"{root}/{RECORD}") else {}

@@ -1,0 +1,111 @@
+"""Every column of every table the project writes, and what its metadata says."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+VERSION = 1
+ROW, BLOCK = "__row__", "__block__"
+"""Position in the whole input of a row and of the first row of its block; they name output files and are never written."""
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+EDIT = pa.schema([("edited", IMAGE), ("attribute", pa.string()), ("degree", pa.float32())])
+_SCORES = (
+    ("mae", pa.float32()),  # mean absolute difference of source and edited, pictures in [0, 1]
+    ("ssim", pa.float32()),
+    ("clip_direction", pa.float32()),  # cosine of the change with the text direction; null for reconstructions
+)
+_JUDGED = ("factors_before", "factors_after")
+
+
+def scores_schema(factors: Sequence[str]) -> pa.Schema:
+    """The columns that ``Score`` fills; what the domain's judge reads, a string a factor, only where it has a judge."""
+    reading = pa.struct([(name, pa.string()) for name in factors])
+    return pa.schema([*_SCORES, *((name, reading) for name in _JUDGED if factors)])
+
+
+def latent_type(size: int) -> pa.DataType:
+    """Plain fixed-size list, because no other tensor type is read by pyarrow and by Hugging Face datasets alike."""
+    return pa.list_(pa.float16(), 3 * size * size)
+
+
+def own_columns(kind: str) -> tuple[str, ...]:
+    """The columns a table of this kind adds to ``id``, ``image`` and the user's own."""
+    return {"latents": ("latent", "error"), "edits": (*EDIT.names, *(name for name, _ in _SCORES), *_JUDGED, "error")}[kind]
+
+
+def latents_schema(user: pa.Schema, size: int, about: Mapping[str, Any]) -> pa.Schema:
+    """Of a latents table: id, image, the user's columns, latent, error; ``about`` becomes metadata."""
+    columns = [*_leading(user), pa.field("latent", latent_type(size)), pa.field("error", pa.string())]
+    return _with_metadata(columns, {"kind": "latents", "latent_shape": [3, size, size], **about})
+
+
+def edits_schema(user: pa.Schema, factors: Sequence[str], about: Mapping[str, Any]) -> pa.Schema:
+    """Of an edits table: id, image (the source), edited, attribute, degree, scores, the user's columns, error."""
+    columns = [*_leading(user), *EDIT, *scores_schema(factors), pa.field("error", pa.string())]
+    return _with_metadata(columns, {"kind": "edits", **about})
+
+
+def _leading(user: pa.Schema) -> list[pa.Field]:
+    return [pa.field("id", pa.string()), pa.field("image", IMAGE), *(f.remove_metadata() for f in user)]
+
+
+def _with_metadata(columns: Sequence[pa.Field], about: Mapping[str, Any]) -> pa.Schema:
+    features = {f.name: _feature(f.type) for f in columns}
+    metadata: dict[str, str] = {"diffusionclip": json.dumps({"version": VERSION, **about})}
+    if all(features.values()):  # a type that Hugging Face datasets has no name for: let it infer all
+        metadata["huggingface"] = json.dumps({"info": {"features": features}})
+    return pa.schema(columns, metadata)
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any] | None:
+    """The Hugging Face feature of an Arrow type, so that ``datasets`` and the Hub viewer show pictures."""
+    if kind == IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_fixed_size_list(kind):
+        item = _feature(kind.value_type)
+        return item and {"_type": "List", "feature": item, "length": kind.list_size}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        item = _feature(kind.value_type)
+        return item and {"_type": "List", "feature": item}
+    if pa.types.is_struct(kind):
+        parts = {f.name: _feature(f.type) for f in kind}
+        return parts if all(parts.values()) else None
+    names = {pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64", pa.bool_(): "bool"}
+    if kind in names or pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_binary(kind):
+        return {"_type": "Value", "dtype": names.get(kind, str(kind))}
+    return None
+
+
+def about(schema: pa.Schema) -> dict[str, Any]:
+    """What the project wrote into a table's metadata; empty for a table that it did not write."""
+    raw = (schema.metadata or {}).get(b"diffusionclip")
+    return json.loads(raw) if raw else {}
+
+
+def is_image_column(kind: pa.DataType) -> bool:
+    """True for binary columns and for structs that hold ``bytes``."""
+    if pa.types.is_struct(kind):
+        return any(f.name == "bytes" and _is_binary(f.type) for f in kind)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def image_bytes(column: pa.ChunkedArray | pa.Array) -> list[bytes | None]:
+    """The encoded pictures of an image column, one a row, None where the column or its bytes are null."""
+    if pa.types.is_struct(column.type):
+        return [None if v is None else v["bytes"] for v in column.to_pylist()]
+    return column.to_pylist()
+
+
+def image_column(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Any image column as struct{bytes, path}."""
+    rows = column.to_pylist()
+    if pa.types.is_struct(column.type):
+        return pa.array([v if v is None else {"bytes": v["bytes"], "path": v.get("path")} for v in rows], IMAGE)
+    return pa.array([v if v is None else {"bytes": v, "path": None} for v in rows], IMAGE)

@@ -3,6 +3,7 @@
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -16,12 +17,15 @@ TEMPLATES: list[str] = [template("{}") for template in open_clip.OPENAI_IMAGENET
 class Clip(nn.Module):
     """A frozen open_clip model with its tokenizer and the statistics of its pictures."""
 
-    def __init__(self, model: nn.Module, tokenizer: open_clip.tokenizer.SimpleTokenizer):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, tokenizer: open_clip.tokenizer.SimpleTokenizer):
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         size = model.visual.image_size
-        self.size = size if isinstance(size, int) else size[0]
+        self.size: int = size if isinstance(size, int) else size[0]
         mean, std = model.visual.image_mean, model.visual.image_std
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))

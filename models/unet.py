@@ -4,6 +4,7 @@ import json
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -22,7 +23,7 @@ class NoiseUNet(nn.Module):
 
     def __init__(self, unet: UNet2DModel, precision: str = "float32"):
         super().__init__()
-        self.unet = unet
+        self.unet: Any = unet  # diffusers hides from type checkers that it is an nn.Module
         self.dtype = getattr(torch, precision)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

@@ -261,6 +261,7 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
         num_gpus=run.resources.gpus or None,
     )
     for receipt in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(receipt, pa.Table)
         report.done += sum(receipt["rows"].to_pylist())
         for errors in receipt["errors"].to_pylist():
             report.reasons.update(errors)

@@ -53,25 +53,25 @@ def _leading(user: pa.Schema) -> list[pa.Field]:
 
 
 def _with_metadata(columns: Sequence[pa.Field], about: Mapping[str, Any]) -> pa.Schema:
-    features = {f.name: _feature(f.type) for f in columns}
+    features = {f.name: feature(f.type) for f in columns}
     metadata: dict[str, str] = {"diffusionclip": json.dumps({"version": VERSION, **about})}
     if all(features.values()):  # a type that Hugging Face datasets has no name for: let it infer all
         metadata["huggingface"] = json.dumps({"info": {"features": features}})
     return pa.schema(columns, metadata)
 
 
-def _feature(kind: pa.DataType) -> dict[str, Any] | None:
+def feature(kind: pa.DataType) -> dict[str, Any] | None:
     """The Hugging Face feature of an Arrow type, so that ``datasets`` and the Hub viewer show pictures."""
     if kind == IMAGE:
         return {"_type": "Image"}
     if pa.types.is_fixed_size_list(kind):
-        item = _feature(kind.value_type)
+        item = feature(kind.value_type)
         return item and {"_type": "List", "feature": item, "length": kind.list_size}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        item = _feature(kind.value_type)
+        item = feature(kind.value_type)
         return item and {"_type": "List", "feature": item}
     if pa.types.is_struct(kind):
-        parts = {f.name: _feature(f.type) for f in kind}
+        parts = {f.name: feature(f.type) for f in kind}
         return parts if all(parts.values()) else None
     names = {pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64", pa.bool_(): "bool"}
     if kind in names or pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_binary(kind):

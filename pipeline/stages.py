@@ -126,7 +126,7 @@ class Score:
         if good:
             edited, _ = decode_column(table["edited"].take(pa.array(good)), size, self.resources.max_pixels)
             scores = self._scores(
-                codec.to_tensor([sources[row] for row in good if sources[row] is not None]),
+                codec.to_tensor([picture for row in good if (picture := sources[row]) is not None]),
                 codec.to_tensor([picture for picture in edited if picture is not None]),
             )
             for row, values in zip(good, scores, strict=True):

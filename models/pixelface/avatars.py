@@ -7,7 +7,7 @@ avatar with exactly one factor changed can be drawn too.
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +171,29 @@ def caption(factors: dict[str, str], mentioned: Sequence[str], rng: Generator) -
     rng.shuffle(adjectives)
     rng.shuffle(parts)
     return " ".join([*adjectives, word(_SUBJECTS), ", ".join(parts)]).strip()
+
+
+def vocabulary() -> list[str]:
+    """Every word or phrase that a caption can have."""
+    groups: tuple[Mapping[str, Sequence[str]], ...] = (_SKIN, _MOUTH_WORDS, _THINGS, _HAIR_COLOR)
+    words = [word for group in groups for options_ in group.values() for word in options_]
+    colors = [*FACTORS["clothing"], *FACTORS["background"], *FACTORS["hair_length"]]
+    return [*_SUBJECTS, *words, *colors, "with without no hair , in wearing clothes on a background hat cap beard"]
+
+
+_PROMPTS: dict[str, str] = {
+    "skin": "{} face",
+    "hair_color": "face with {} hair",
+    "hair_length": "face with {} hair",
+    "mouth": "{} face",
+    "clothing": "face in {} clothes",
+    "background": "face on a {} background",
+}
+
+
+def prompts(factor: str) -> list[str]:
+    """One text for each value of a factor, in order, for zero-shot classification."""
+    if factor in _PROMPTS:
+        return [_PROMPTS[factor].format(value) for value in FACTORS[factor]]
+    thing = _THINGS[factor][0]
+    return [f"face without {thing.removeprefix('a ')}", f"face with {thing}"]

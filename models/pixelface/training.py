@@ -7,6 +7,7 @@ then counterfactuals of it in which exactly one factor differs.
 
 from collections.abc import Callable, Iterator, Sequence
 from math import cos, pi
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def contrastive_loss(logits: Tensor, satisfies: Tensor) -> Tensor:
 
 
 def train_clip(
-    model: nn.Module,
+    model: Any,
     tokenizer: Callable[[list[str]], Tensor],
     templates: list[str],
     optimizer: torch.optim.Optimizer,

@@ -1,0 +1,54 @@
+"""The command line. Commands import what they need when they run, so that ``--help`` answers at once."""
+
+import sys
+
+import typer
+
+from jobs import edit, finetune, invert, listing
+
+app = typer.Typer(
+    name="diffusionclip",
+    help="Change an attribute of many images by words: DiffusionCLIP as a dataset job on Ray. Start with: diffusionclip demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(invert.invert)
+app.command()(finetune.finetune)
+app.command()(edit.edit)
+app.command()(listing.domains)
+app.command()(listing.attributes)
+
+
+def main() -> None:
+    """Exit status: 0 all rows accounted for, 1 program or machine, 2 the request, 3 too many rejects."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except Exception as error:
+        status = _status(error)
+        if status is None:
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status of an error that is meant for people; None for one that needs its traceback."""
+    from jobs.finetune import TrainingFailedError
+    from jobs.running import TooManyRejectsError
+    from models.weights import WeightsError
+    from pipeline.config import ConfigError
+
+    if isinstance(error, ConfigError | WeightsError):
+        return 2
+    if isinstance(error, TooManyRejectsError):
+        return 3
+    return 1 if isinstance(error, TrainingFailedError) else None
+
+
+if __name__ == "__main__":
+    main()

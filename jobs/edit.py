@@ -1,0 +1,74 @@
+"""``diffusionclip edit``: images or latents -> edited images."""
+
+from typing import Annotated
+
+import typer
+
+from jobs import options as o
+
+Mixes = Annotated[list[str] | None, typer.Option("--mix", "-m", help="Several attributes in one walk, like glasses=0.6,hat=0.4.")]
+Degrees = Annotated[list[float] | None, typer.Option("--degree", "-d", help="0 = reconstruction, 1 = full, also beyond; may be repeated.")]
+
+
+def edit(
+    input: o.Input,
+    output: o.Output,
+    attribute: o.Attributes = None,
+    mix: Mixes = None,
+    degree: Degrees = None,
+    domain: o.DomainName = "pixelface",
+    models: o.EditModels = None,
+    return_step: o.ReturnStep = None,
+    steps_up: o.StepsUp = None,
+    steps_down: o.StepsDown = None,
+    solver: o.Solver = None,
+    spacing: o.Spacing = None,
+    precision: o.Precision = None,
+    id_column: o.IdColumn = "id",
+    image_column: o.ImageColumn = "image",
+    limit: o.Limit = None,
+    block_rows: o.BlockRows = 64,
+    max_pixels: o.MaxPixels = 64_000_000,
+    max_reject_rate: o.RejectRate = 0.1,
+    overwrite: o.Overwrite = False,
+    workers: o.Workers = 2,
+    gpus: o.Gpus = 0.0,
+    cpus: o.Cpus = 1.0,
+    batch: o.Batch = 16,
+    address: o.Address = None,
+    verbose: o.Verbose = False,
+) -> None:
+    """Edit images, or latents made before, with one or more attributes; each gets a folder of its own, with scores.
+
+    The attribute `none` is the plain reconstruction.
+
+    [bold]Examples[/bold]
+
+    diffusionclip edit faces/ out/edits --attribute glasses
+
+    diffusionclip edit out/latents out/edits -a none -a hat -a red_hair
+
+    diffusionclip edit out/latents out/sweep -a glasses -d 0.5 -d 1 -d 1.5
+
+    diffusionclip edit out/latents out/mix --mix glasses=1,hat=1
+    """
+    from jobs.requests import domain_named, make_edits, recipe_for
+    from jobs.running import carry_out
+    from jobs.session import command_line
+    from pipeline.config import Resources, Run, Source
+
+    chosen = domain_named(domain)
+    source = Source(path=input, id_column=id_column, image_column=image_column, limit=limit)
+    given = o.given(return_step=return_step, steps_up=steps_up, steps_down=steps_down, solver=solver, spacing=spacing, precision=precision)
+    run = Run(
+        source=source,
+        output=output,
+        domain=chosen,
+        recipe=recipe_for(source, chosen, given),
+        edits=make_edits(chosen, attribute or [], mix or [], degree or [1.0], models or []),
+        resources=Resources(workers=workers, gpus=gpus, cpus=cpus, batch=batch, block_rows=block_rows, max_pixels=max_pixels),
+        max_reject_rate=max_reject_rate,
+        overwrite=overwrite,
+        command=command_line(),
+    )
+    carry_out(run, "edit", address, verbose)

@@ -1,0 +1,55 @@
+"""``diffusionclip invert``: images -> latents."""
+
+from jobs import options as o
+
+
+def invert(
+    input: o.Input,
+    output: o.Output,
+    domain: o.DomainName = "pixelface",
+    return_step: o.ReturnStep = None,
+    steps_up: o.StepsUp = None,
+    solver: o.Solver = None,
+    spacing: o.Spacing = None,
+    precision: o.Precision = None,
+    id_column: o.IdColumn = "id",
+    image_column: o.ImageColumn = "image",
+    limit: o.Limit = None,
+    block_rows: o.BlockRows = 64,
+    max_pixels: o.MaxPixels = 64_000_000,
+    max_reject_rate: o.RejectRate = 0.1,
+    overwrite: o.Overwrite = False,
+    workers: o.Workers = 2,
+    gpus: o.Gpus = 0.0,
+    cpus: o.Cpus = 1.0,
+    batch: o.Batch = 16,
+    address: o.Address = None,
+    verbose: o.Verbose = False,
+) -> None:
+    """Walk images up to their latents, once; every attribute starts from them.
+
+    [bold]Examples[/bold]
+
+    diffusionclip invert faces/ out/latents
+
+    diffusionclip invert s3://bucket/faces.parquet s3://bucket/latents --return-step 500 --workers 8 --gpus 1 --batch 64
+    """
+    from jobs.requests import domain_named, recipe_for
+    from jobs.running import carry_out
+    from jobs.session import command_line
+    from pipeline.config import Resources, Run, Source
+
+    chosen = domain_named(domain)
+    source = Source(path=input, id_column=id_column, image_column=image_column, limit=limit)
+    given = o.given(return_step=return_step, steps_up=steps_up, solver=solver, spacing=spacing, precision=precision)
+    run = Run(
+        source=source,
+        output=output,
+        domain=chosen,
+        recipe=recipe_for(source, chosen, given),
+        resources=Resources(workers=workers, gpus=gpus, cpus=cpus, batch=batch, block_rows=block_rows, max_pixels=max_pixels),
+        max_reject_rate=max_reject_rate,
+        overwrite=overwrite,
+        command=command_line(),
+    )
+    carry_out(run, "invert", address, verbose)

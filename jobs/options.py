@@ -1,0 +1,40 @@
+"""Command line options that several commands share, and what they are turned into."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+WALK, ROWS, MACHINES = "Walk", "Rows", "Machines"
+
+Input = Annotated[str, typer.Argument(help="A folder of pictures, a Parquet file, or a folder of Parquet files; any fsspec address.")]
+Output = Annotated[str, typer.Argument(help="The folder to write Parquet files to.")]
+DomainName = Annotated[str, typer.Option("--domain", help="The base model; `diffusionclip domains` lists them.")]
+Attributes = Annotated[list[str] | None, typer.Option("--attribute", "-a", help="An attribute; may be given several times.")]
+ReturnStep = Annotated[int | None, typer.Option(help="How far up to walk; larger changes more.", rich_help_panel=WALK)]
+StepsUp = Annotated[int | None, typer.Option(help="Rungs on the way up.", rich_help_panel=WALK)]
+StepsDown = Annotated[int | None, typer.Option(help="Rungs on the way down.", rich_help_panel=WALK)]
+Solver = Annotated[str | None, typer.Option(help="ddim (the paper's) or ab2 (second order).", rich_help_panel=WALK)]
+Spacing = Annotated[str | None, typer.Option(help="Of the rungs: linspace (the official code's) or sigma.", rich_help_panel=WALK)]
+Precision = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WALK)]
+IdColumn = Annotated[str, typer.Option(help="Column of unique ids; made from file and row if there is none.", rich_help_panel=ROWS)]
+ImageColumn = Annotated[str, typer.Option(help="Column of pictures: binary or struct{bytes, path}.", rich_help_panel=ROWS)]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many rows.", rich_help_panel=ROWS)]
+BlockRows = Annotated[int, typer.Option(help="Rows of one output file: what a crash costs.", rich_help_panel=ROWS)]
+MaxPixels = Annotated[int, typer.Option(help="Larger pictures become rejects.", rich_help_panel=ROWS)]
+RejectRate = Annotated[float, typer.Option(help="A greater share of rejects ends with exit status 3.", rich_help_panel=ROWS)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.", rich_help_panel=ROWS)]
+Workers = Annotated[int, typer.Option(help="At most this many actors, each with its own model.", rich_help_panel=MACHINES)]
+Gpus = Annotated[float, typer.Option(help="GPUs an actor; 0 runs on the CPU.", rich_help_panel=MACHINES)]
+Cpus = Annotated[float, typer.Option(help="CPUs an actor.", rich_help_panel=MACHINES)]
+Batch = Annotated[int, typer.Option(help="Images in one model call.", rich_help_panel=MACHINES)]
+Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; without it a local one.", rich_help_panel=MACHINES)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let Ray say what it does.", rich_help_panel=MACHINES)]
+EditModels = Annotated[
+    list[Path] | None, typer.Option("--models", help="Folder with edit models, looked into before the ready-made ones; may be repeated.")
+]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in values.items() if value is not None}

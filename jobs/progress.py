@@ -1,0 +1,51 @@
+"""What a person sees while a job runs: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(highlight=False, soft_wrap=True)
+LINE_SECONDS = 5.0
+"""A plain line at most this often."""
+
+
+class _Note(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("note", "")))
+
+
+class Display:
+    """One line of progress: ``update(done, note)`` as often as you like."""
+
+    def __init__(self, name: str, total: int, unit: str, bar: Progress | None):
+        self.name, self.total, self.unit, self.bar = name, total, unit, bar
+        self.started = self.printed = time.monotonic()
+        self.task = bar.add_task(name, total=total, note="") if bar else None
+
+    def update(self, done: int, note: str = "") -> None:
+        """``note`` stands behind the rate, e.g. ``3 rejected``."""
+        seconds = time.monotonic() - self.started
+        rate = done / seconds if seconds > 0 else 0.0
+        words = ", ".join(w for w in (note, f"{rate:.1f} {self.unit}/s" if done else "") if w)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, note=words)
+        elif done >= self.total or time.monotonic() - self.printed >= LINE_SECONDS:
+            left = f", {(self.total - done) / rate:.0f} s left" if rate and done < self.total else ""
+            console.print(f"{self.name}: {done}/{self.total} {self.unit}, {words or 'starting'}{left}")
+            self.printed = time.monotonic()
+
+
+@contextmanager
+def display(name: str, total: int, unit: str = "rows") -> Iterator[Display]:
+    """Shows ``name`` and what happens to ``total`` things."""
+    if not console.is_terminal:
+        console.print(f"{name}: starting")
+        yield Display(name, total, unit, None)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Note(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        yield Display(name, total, unit, bar)

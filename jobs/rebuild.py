@@ -1,0 +1,234 @@
+"""Rebuilds the embedded domain from nothing: ``python -m jobs.rebuild images|diffusion|clip|judge``; see docs/pixelface.md.
+
+Training continues from its last checkpoint in the build folder; the edit models are made by ``diffusionclip finetune``.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import UNet2DModel
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import save_file
+from torch import nn
+
+from jobs.progress import display
+from models.clip import TEMPLATES
+from models.diffusion import linear_alpha_bars
+from models.domains import DOMAINS
+from models.pixelface import training
+from models.pixelface.avatars import FACTORS, Avatar, draw_avatar, flip_one, render
+from models.pixelface.judge import Judge
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+Build = Annotated[Path, typer.Option(help="The folder for pictures and checkpoints.")]
+BUILD = Path("build/pixelface")
+DOMAIN = DOMAINS["pixelface"]
+AVATARS, HELD_OUT = 24_000, 1_024
+SMALL = ("mouth", "beard")
+"""Factors that cover few pixels: CLIP's second phase looks at pairs that differ in them."""
+SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+}
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 2, 1], "width": 24, "head_width": 24},
+        "text_cfg": {"context_length": 40, "width": 64, "heads": 2, "layers": 3, "vocab_size": 49408},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
+
+
+def make_unet() -> Any:
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=16,
+        attention_head_dim=32,
+    )
+
+
+def make_clip() -> CLIP:
+    config: Any = CLIP_CONFIG["model_cfg"]
+    return CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]))
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def groups(count: int, flips: int, seed: int) -> Iterator[Avatar]:
+    """Each avatar, then ``flips`` counterfactuals of it in different factors."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        avatar = draw_avatar(rng)
+        yield avatar
+        changed: set[str] = set()
+        while len(changed) < flips:
+            flipped, factor = flip_one(avatar, rng)
+            if factor not in changed:
+                changed.add(factor)
+                yield flipped
+
+
+def draw(avatars: list[Avatar], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (N, 3, 32, 32) pictures and int8 (N, 9) factors."""
+    pictures = []
+    with display(name, len(avatars), "pictures") as shown:
+        for start in range(0, len(avatars), 2000):
+            pictures += [picture.transpose(2, 0, 1) for picture in render(avatars[start : start + 2000])]
+            shown.update(len(pictures))
+    factors = [[values.index(avatar["factors"][name]) for name, values in FACTORS.items()] for avatar in avatars]
+    return np.stack(pictures), np.array(factors, np.int8)
+
+
+@app.command()
+def images(build: Build = BUILD) -> None:
+    """Draw the training pictures and the held-out Parquet file (four minutes; needs Node.js)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline import codec, schema
+
+    build.mkdir(parents=True, exist_ok=True)
+    pictures, factors = draw(list(groups(AVATARS, training.GROUP - 1, seed=1)), "training pictures")
+    seen = {picture.tobytes() for picture in pictures}
+    np.save(build / "train_images.npy", pictures)
+    np.save(build / "train_factors.npy", factors)
+    pictures, factors = draw(list(groups(HELD_OUT, 0, seed=2)), "held-out pictures")
+    fresh = [row for row in range(len(pictures)) if pictures[row].tobytes() not in seen]
+    rows = [{"bytes": codec.encode_png(pictures[row]), "path": None} for row in fresh]
+    truth = [{name: FACTORS[name][value] for name, value in zip(FACTORS, factors[row], strict=True)} for row in fresh]
+    captions = [describe(values) for values in truth]
+    columns = {
+        "id": [f"avatar-{row:04d}" for row in fresh],
+        "image": pa.array(rows, schema.IMAGE),
+        "caption": captions,
+        "factors": pa.array(truth),
+    }
+    table = pa.table(columns)
+    features = {f.name: schema.feature(f.type) for f in table.schema}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    assert DOMAIN.held_out is not None
+    pq.write_table(table, DOMAIN.held_out, row_group_size=64, write_page_index=True)
+
+
+def describe(truth: dict[str, str]) -> str:
+    """A caption that mentions every factor."""
+    from models.pixelface.avatars import caption
+
+    return "a " + caption(truth, list(FACTORS), np.random.default_rng(0))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, model: nn.Module, steps: int, rate: float, build: Path, make: Any) -> dict[str, torch.Tensor]:
+    """Trains with checkpoints every hundred steps; returns the averaged weights. ``make(optimizer, start)`` yields losses."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "initial_lr": rate}], rate, weight_decay=0.0)
+    average, file = training.Ema(model, 0.998), build / f"{name}.pt"
+    if file.exists():
+        saved = torch.load(file, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.weights, average.steps = saved["average"], saved["step"]
+    with display(name, steps, "steps") as shown:
+        for loss in make(optimizer, average.steps):
+            average.update(model)
+            shown.update(average.steps, f"loss {loss:.4f}")
+            if average.steps % 100 == 0 or average.steps == steps:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save({**state, "average": average.weights, "step": average.steps}, file.with_suffix(".new"))
+                file.with_suffix(".new").replace(file)
+    return average.weights
+
+
+def half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
+
+
+def load_pictures(build: Path) -> tuple[np.ndarray, np.ndarray]:
+    return np.load(build / "train_images.npy", mmap_mode="r"), np.load(build / "train_factors.npy")
+
+
+@app.command()
+def diffusion(build: Build = BUILD, steps: int = 3000) -> None:
+    """Train the diffusion model (an hour on one core)."""
+    torch.manual_seed(0)
+    pictures, _ = load_pictures(build)
+    unet = make_unet()
+
+    def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
+        alpha_bars = linear_alpha_bars()
+        return training.train_diffusion(lambda x, t: unet(x, t).sample, optimizer, pictures, alpha_bars, steps=steps, start=start)
+
+    unet.load_state_dict(run("diffusion", unet, steps, 8e-4, build, make))
+    unet.half().save_pretrained(DOMAIN.weights)
+    (DOMAIN.weights / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+
+
+@app.command()
+def clip(build: Build = BUILD, steps: int = 3000, small_steps: int = 2500) -> None:
+    """Train CLIP (half an hour on one core): first on all pairs, then half of them on the small factors."""
+    torch.manual_seed(0)
+    pictures, factors = load_pictures(build)
+    model, tokenizer = make_clip(), SimpleTokenizer(context_length=40)
+
+    def phase(focus: tuple[str, ...], count: int, seed: int) -> Any:
+        return lambda optimizer, start: training.train_clip(
+            model, tokenizer, TEMPLATES, optimizer, pictures, factors, steps=count, start=start, focus=focus, seed=seed
+        )
+
+    model.load_state_dict(run("clip", model, steps, 1e-3, build, phase((), steps, 0)))
+    weights = run("clip-small", model, small_steps, 6e-4, build, phase(SMALL, small_steps, 1))
+    DOMAIN.clip.mkdir(parents=True, exist_ok=True)
+    save_file(half(zero_unseen_words(weights, tokenizer)), DOMAIN.clip / "open_clip_model.safetensors")
+    (DOMAIN.clip / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=2) + "\n")
+
+
+def zero_unseen_words(weights: dict[str, torch.Tensor], tokenizer: SimpleTokenizer) -> dict[str, torch.Tensor]:
+    """Zeroes the rows of tokens that no caption has: they compress to nothing, and unknown words can be told."""
+    from models.pixelface.avatars import vocabulary
+
+    texts = [template.format(word) for template in TEMPLATES for word in ("a", *vocabulary())]
+    seen = torch.unique(tokenizer(texts))
+    rows = torch.zeros_like(weights["token_embedding.weight"])
+    rows[seen] = weights["token_embedding.weight"][seen]
+    return {**weights, "token_embedding.weight": rows}
+
+
+@app.command()
+def judge(build: Build = BUILD, steps: int = 1500) -> None:
+    """Train the factor classifier that judges edits (five minutes on one core)."""
+    torch.manual_seed(0)
+    pictures, factors = load_pictures(build)
+    model = Judge()
+
+    def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
+        return training.train_judge(model, optimizer, pictures, factors, steps=steps, start=start)
+
+    weights = run("judge", model, steps, 2e-3, build, make)
+    assert DOMAIN.judge is not None
+    save_file(half(weights), DOMAIN.judge)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,46 @@
+"""Running a planned pass with progress, and saying how it went."""
+
+from typing import TYPE_CHECKING
+
+from jobs.progress import console, display
+
+if TYPE_CHECKING:  # importing them takes seconds, and --help must not
+    from pipeline.config import Run
+    from pipeline.dataset import Plan, Report
+
+
+class TooManyRejectsError(RuntimeError):
+    """The job is done and everything is written, but more rows were rejected than was allowed."""
+
+
+def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None:
+    """Plans (before Ray starts), runs, reports. Raises ConfigError, AuditError or TooManyRejectsError."""
+    from jobs.session import ray_session
+    from pipeline.dataset import make_plan
+
+    plan = make_plan(run)
+    with ray_session(address, verbose):
+        run_plan(plan, name)
+
+
+def run_plan(plan: "Plan", name: str) -> "Report":
+    """Runs a plan on the connected Ray and prints one line a dataset."""
+    from pipeline.dataset import execute
+
+    with display(name, plan.found.rows) as shown:
+        report = execute(plan, lambda now: shown.update(now.done, f"{now.rejected} rejected"))
+    for output in plan.outputs:
+        console.print(
+            f"{output.folder}: {report.rows} rows in, {report.rows - report.rejected} written, {report.rejected} rejected, "
+            f"{output.model_calls} model calls an image"
+        )
+    console.print(f"{name} took {report.seconds:.1f} s")
+    for reason, count in report.reasons.most_common(5):
+        console.print(f"  {count} x {reason}", markup=False)
+    share = report.rejected / max(1, report.rows)
+    if share > plan.run.max_reject_rate:
+        raise TooManyRejectsError(
+            f"{report.rejected} of {report.rows} rows were rejected, more than --max-reject-rate {plan.run.max_reject_rate:g} allows; "
+            f"the others are written, the reasons are in the column error"
+        )
+    return report

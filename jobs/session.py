@@ -1,0 +1,51 @@
+"""Connecting to Ray, quietly."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[None]:
+    """A connection to a running cluster (``address`` or RAY_ADDRESS), or a Ray of one's own on this machine.
+
+    A local Ray counts two CPUs more than there are, because readers and bookkeeping do next to nothing beside actors that
+    hold a CPU each.
+    """
+    if not verbose:
+        _hush()
+    import ray
+    from ray.data import DataContext
+
+    level = logging.INFO if verbose else logging.ERROR
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level=level, log_to_driver=verbose)
+    else:
+        cpus = (os.cpu_count() or 1) + 2
+        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
+    DataContext.get_current().enable_progress_bars = verbose
+    if not verbose:
+        for name in ("ray.data", "ray.train", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _hush() -> None:
+    """Ray reads these at import or start; they only concern what it prints and reports home."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+def command_line() -> str:
+    """The command that is running, as a person would type it."""
+    program = "diffusionclip" if sys.argv[0].endswith(("diffusionclip", "cli.py", "-c")) else sys.argv[0]
+    return " ".join([program, *(f"'{a}'" if " " in a or "*" in a else a for a in sys.argv[1:])])

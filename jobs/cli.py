@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from jobs import edit, finetune, invert, listing
+from jobs import demo, edit, evaluate, finetune, invert, listing, report_command
 
 app = typer.Typer(
     name="diffusionclip",
@@ -14,9 +14,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(demo.demo)
 app.command()(invert.invert)
 app.command()(finetune.finetune)
 app.command()(edit.edit)
+app.command()(evaluate.evaluate)
+app.command()(report_command.report)
 app.command()(listing.domains)
 app.command()(listing.attributes)
 

@@ -110,8 +110,9 @@ def wanted_texts(domain: str, attributes: list[str], own: tuple[str | None, str 
 
 def tune_run(latents: str, models: Path, domain: str, text: tuple[str, str, str], numbers: dict[str, Any], machines: dict[str, Any]) -> Any:
     """The request of one attribute."""
+    from dataclasses import replace
+
     from jobs.requests import domain_named, recipe_for
-    from models.finetune import Tuning
     from pipeline.config import Source, TuneRun
 
     chosen = domain_named(domain)
@@ -124,7 +125,7 @@ def tune_run(latents: str, models: Path, domain: str, text: tuple[str, str, str]
         source_text=source,
         target_text=target,
         recipe=recipe_for(Source(path=latents), chosen, {}),
-        tuning=Tuning(**numbers),
+        tuning=replace(chosen.tuning, **numbers),
         **machines,
     )
 

@@ -30,7 +30,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 Build = Annotated[Path, typer.Option(help="The folder for pictures and checkpoints.")]
 BUILD = Path("build/pixelface")
 DOMAIN = DOMAINS["pixelface"]
-AVATARS, HELD_OUT = 24_000, 1_024
+AVATARS, HELD_OUT, TUNING = 24_000, 1_024, 96
 SMALL = ("mouth", "beard")
 """Factors that cover few pixels: CLIP's second phase looks at pairs that differ in them."""
 SCHEDULER = {
@@ -101,12 +101,7 @@ def draw(avatars: list[Avatar], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 @app.command()
 def images(build: Build = BUILD) -> None:
-    """Draw the training pictures and the held-out Parquet file (four minutes; needs Node.js)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from pipeline import codec, schema
-
+    """Draw the training pictures and the two Parquet files (four minutes; needs Node.js)."""
     build.mkdir(parents=True, exist_ok=True)
     pictures, factors = draw(list(groups(AVATARS, training.GROUP - 1, seed=1)), "training pictures")
     seen = {picture.tobytes() for picture in pictures}
@@ -114,20 +109,31 @@ def images(build: Build = BUILD) -> None:
     np.save(build / "train_factors.npy", factors)
     pictures, factors = draw(list(groups(HELD_OUT, 0, seed=2)), "held-out pictures")
     fresh = [row for row in range(len(pictures)) if pictures[row].tobytes() not in seen]
-    rows = [{"bytes": codec.encode_png(pictures[row]), "path": None} for row in fresh]
-    truth = [{name: FACTORS[name][value] for name, value in zip(FACTORS, factors[row], strict=True)} for row in fresh]
-    captions = [describe(values) for values in truth]
+    assert DOMAIN.held_out is not None
+    assert DOMAIN.tuning_images is not None
+    write_table(DOMAIN.held_out, "avatar", pictures[fresh], factors[fresh])
+    pictures, factors = draw(list(groups(TUNING, 0, seed=3)), "tuning pictures")
+    write_table(DOMAIN.tuning_images, "tuning", pictures, factors)
+
+
+def write_table(file: Path, stem: str, pictures: np.ndarray, factors: np.ndarray) -> None:
+    """Pictures with captions and true factors, as Parquet that the Hub viewer shows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline import codec, schema
+
+    truth = [{name: FACTORS[name][value] for name, value in zip(FACTORS, row, strict=True)} for row in factors.tolist()]
     columns = {
-        "id": [f"avatar-{row:04d}" for row in fresh],
-        "image": pa.array(rows, schema.IMAGE),
-        "caption": captions,
+        "id": [f"{stem}-{row:04d}" for row in range(len(pictures))],
+        "image": pa.array([{"bytes": codec.encode_png(picture), "path": None} for picture in pictures], schema.IMAGE),
+        "caption": [describe(values) for values in truth],
         "factors": pa.array(truth),
     }
     table = pa.table(columns)
     features = {f.name: schema.feature(f.type) for f in table.schema}
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    assert DOMAIN.held_out is not None
-    pq.write_table(table, DOMAIN.held_out, row_group_size=64, write_page_index=True)
+    pq.write_table(table, file, row_group_size=64, write_page_index=True)
 
 
 def describe(truth: dict[str, str]) -> str:

@@ -118,7 +118,7 @@ def _columns(summaries: list[Summary]) -> list[Column]:
     twins = [(s.domain, s.attribute, s.degree) for s in ordered]
     columns = []
     for summary, kind in zip(ordered, twins, strict=True):
-        title = " + ".join(summary.parts).replace("_", " ") or "reconstruction"
+        title = _short(" + ".join(summary.parts).replace("_", " "), 60) or "reconstruction"
         columns.append(Column(summary, open_edits(summary.folder), title, summary.folder if twins.count(kind) > 1 else ""))
     return columns
 
@@ -127,15 +127,17 @@ def _columns(summaries: list[Summary]) -> list[Column]:
 
 
 def _render(columns: list[Column], rows: int, title: str) -> str:
-    beside, strips = _beside(columns), _strip_columns(columns)
+    beside, lines = _beside(columns), _degree_lines(columns)
     first = columns[0].found
     positions = spread(first.rows, rows)
     sources = {row["id"]: row for row in rows_at(first, positions, ["id", "image", "error"]).values()}
-    shown = {column.summary.folder: column for column in [*beside, *(c for strip in strips for c in strip)]}
+    shown = {column.summary.folder: column for column in [*beside, *(c for line in lines for c in line)]}
     cells = _cells(shown.values(), list(sources))
     count = len(sources) * (1 + len(beside))
     thumbs = _Thumbs(sources, cells, LARGEST if count < MANY else LARGEST // 2)
     few = [list(sources)[i] for i in spread(len(sources), STRIP_ROWS)]
+    pictures = [(name, [thumbs.source(name), *(thumbs.edited(name, c) for c in beside)]) for name in sources]
+    strips = [Strip(_title(s), s, [(name, [thumbs.edited(name, c) for c in s]) for name in few]) for s in lines]
     return _environment().get_template(TEMPLATE).render(
         title=title,
         columns=columns,
@@ -143,9 +145,10 @@ def _render(columns: list[Column], rows: int, title: str) -> str:
         sampled=len(sources),
         total=first.rows,
         beside=beside,
-        pictures=[(name, [thumbs.source(name), *(thumbs.edited(name, c) for c in beside)]) for name in sources],
-        strips=[Strip(_strip_title(s), s, [(name, [thumbs.edited(name, c) for c in s]) for name in few]) for s in strips],
+        pictures=pictures,
+        strips=strips,
         absent=[c for c in beside if not any((c.summary.folder, name) in cells for name in sources)],
+        widest=max(_width(line) for _, line in [*pictures, *(row for strip in strips for row in strip.rows)] or [("", [])]),
         rejects=_rejects(columns),
         runs=_runs(columns),
     )  # fmt: skip
@@ -165,7 +168,7 @@ def _beside(columns: list[Column]) -> list[Column]:
     return [*spare[:1], *chosen]
 
 
-def _strip_columns(columns: list[Column]) -> list[list[Column]]:
+def _degree_lines(columns: list[Column]) -> list[list[Column]]:
     """For each attribute with two degrees or more its columns by rising degree; a reconstruction stands in for degree 0."""
     strips = []
     for domain, attribute in dict.fromkeys((c.summary.domain, c.summary.attribute) for c in columns if c.summary.parts):
@@ -177,8 +180,8 @@ def _strip_columns(columns: list[Column]) -> list[list[Column]]:
     return strips
 
 
-def _strip_title(columns: list[Column]) -> str:
-    return next(c.title for c in columns if c.summary.parts)
+def _title(line: list[Column]) -> str:
+    return next(c.title for c in line if c.summary.parts)
 
 
 def _degree(column: Column) -> float:
@@ -213,7 +216,10 @@ def _runs(columns: list[Column]) -> list[dict[str, Any]]:
     for column in columns:
         record, folder = column.summary.record, column.summary.folder
         key = f"{record.get('command')} {record.get('input')} {folder.rsplit('/', 1)[0]}" if record else folder
-        runs.setdefault(key, {"record": record, "of": []})["of"].append(column)
+        run = runs.setdefault(key, {"record": record, "of": [], "edits": {}})
+        run["of"].append(column)
+        if record.get("edit"):
+            run["edits"][column.title] = record["edit"]  # every degree of an attribute has the same parts
     return list(runs.values())
 
 
@@ -266,6 +272,11 @@ class _Thumbs:
         return Picture(text, uri, side * max(1, round(SHOWN / side)) if crisp else PHOTO, crisp)
 
 
+def _width(line: list[Picture]) -> int:
+    """CSS pixels of a row of cells with its id, as the style sheet has them."""
+    return 140 + sum(max(132, picture.side + 16) for picture in line)
+
+
 def _side(data: bytes | None) -> int | None:
     """The shorter side of an encoded picture, read from its header; None where there is no picture: ``decode`` says why."""
     try:
@@ -282,7 +293,14 @@ def _environment() -> Environment:
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {"number": _number, "percent": _percent, "short": _short, "csp_hash": _csp_hash, "degree": _degree}
+    env.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "short": _short,
+        "csp_hash": _csp_hash,
+        "degree": _degree,
+        "plain": "{:g}".format,
+    }
     return env
 
 

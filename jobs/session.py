@@ -25,7 +25,8 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
         ray.init(address=address, logging_level=level, log_to_driver=verbose)
     else:
         cpus = (os.cpu_count() or 1) + 2
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
+        with _silent(not verbose):
+            ray.init(num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
         for name in ("ray.data", "ray.train", "ray"):
@@ -36,10 +37,28 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
         ray.shutdown()
 
 
+@contextmanager
+def _silent(wanted: bool) -> Iterator[None]:
+    """Nothing on standard error, not even from C++: Ray announces there that it will say little. Exceptions still come through."""
+    if not wanted:
+        yield
+        return
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _hush() -> None:
     """Ray reads these at import or start; they only concern what it prints and reports home."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

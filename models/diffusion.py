@@ -40,8 +40,9 @@ def alpha_bar_at(alpha_bars: Tensor, rung: int) -> float:
 def ladder(top: int, steps: int, spacing: str, alpha_bars: Tensor) -> list[int]:
     """``steps`` strictly increasing timesteps from 0 to ``top``, both included.
 
-    ``linspace`` is the official code's integer grid, ``int(v * top) for v in linspace(0, 1, steps)``; ``sigma`` spaces
-    the rungs evenly in sigma ** (1/3), denser where there is little noise, rounded to the nearest free timestep.
+    ``linspace`` is the official code's integer grid, ``int(v * top) for v in numpy.linspace(0, 1, steps)``, rounding and
+    all, but where that names a timestep twice; ``sigma`` spaces the rungs evenly in sigma ** (1/3), denser where there is
+    little noise, rounded to the nearest free timestep.
     Raises ValueError if there are fewer than two steps or more steps than timesteps.
     """
     if not 0 < top < len(alpha_bars):
@@ -49,18 +50,22 @@ def ladder(top: int, steps: int, spacing: str, alpha_bars: Tensor) -> list[int]:
     if not 2 <= steps <= top + 1:
         raise ValueError(f"a ladder up to {top} has between 2 and {top + 1} rungs; got {steps}")
     if spacing == "linspace":
-        return [int(v * top) for v in torch.linspace(0, 1, steps, dtype=torch.float64).tolist()]
+        width = 1 / (steps - 1)  # products in numpy's order: torch.linspace differs in the last bit, and int() shows it
+        return _strictly_increasing([int(i * width * top) for i in range(steps - 1)] + [top])
     if spacing != "sigma":
         raise ValueError(f"the spacing of a ladder is one of {', '.join(SPACINGS)}; got {spacing!r}")
     sigmas = ((1 - alpha_bars) / alpha_bars).sqrt().double()[: top + 1]
     low, high = sigmas[0] ** (1 / RHO), sigmas[top] ** (1 / RHO)
     wanted = (low + torch.linspace(0, 1, steps, dtype=torch.float64) * (high - low)) ** RHO
-    rungs = (sigmas[None] - wanted[:, None]).abs().argmin(1).tolist()
-    for i in range(1, steps):  # coarse integers may collide near 0: push up ...
+    return _strictly_increasing((sigmas[None] - wanted[:, None]).abs().argmin(1).tolist())
+
+
+def _strictly_increasing(rungs: list[int]) -> list[int]:
+    """Moves rungs that collide to the next free timestep, none beyond the last."""
+    top, rungs = rungs[-1], list(rungs)
+    for i in range(1, len(rungs)):
         rungs[i] = max(rungs[i], rungs[i - 1] + 1)
-    for i in range(steps - 1, -1, -1):  # ... but never beyond the top
-        rungs[i] = min(rungs[i], top - (steps - 1 - i))
-    return rungs
+    return [min(rung, top - (len(rungs) - 1 - i)) for i, rung in enumerate(rungs)]
 
 
 def path_up(top: int, steps: int, spacing: str, alpha_bars: Tensor) -> list[int]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.recipe import Recipe
+from models.recipe import Recipe, Tuning
 
 _PIXELFACE = Path(__file__).parent / "pixelface" / "weights"
 
@@ -24,12 +24,15 @@ class Domain:
     about: str
     licence: str
     recipe: Recipe = field(default_factory=Recipe)
+    tuning: Tuning = field(default_factory=Tuning)
     known_words_only: bool = False
     """True if its CLIP has seen few words, so that a text with other words must be refused."""
     judge: Path | None = None
     """A factor classifier, where the domain's images have known factors."""
     held_out: Path | None = None
     """Images that no training has seen."""
+    tuning_images: Path | None = None
+    """Images to fine-tune attributes with."""
 
 
 DOMAINS: dict[str, Domain] = {
@@ -45,5 +48,7 @@ DOMAINS: dict[str, Domain] = {
         known_words_only=True,
         judge=_PIXELFACE / "judge.safetensors",
         held_out=_PIXELFACE.parent / "held_out.parquet",
+        tuning_images=_PIXELFACE.parent / "tuning.parquet",
+        tuning=Tuning(l1_weight=6.0),
     ),
 }

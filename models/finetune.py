@@ -1,8 +1,7 @@
 """Fine-tuning a copy of the base model for one attribute, as a generator: the caller logs, checkpoints and stops."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,45 +9,8 @@ from torch import Tensor, nn
 
 from models.clip import Clip
 from models.diffusion import walk
-from models.losses import FORMS, directional_loss, directional_similarity
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """The numbers of the fine-tuning run. The loss is clip_weight * directional + l1_weight * L1 (DiffusionCLIP, eq. 10)."""
-
-    epochs: int = 6
-    batch: int = 8
-    learning_rate: float = 5e-5
-    learning_rate_growth: float = 1.0
-    """Factor after each epoch; the official code grows the rate by 1.3."""
-    steps_down: int = 6
-    """Rungs of the walk that gradients flow through (S_gen of training)."""
-    clip_weight: float = 3.0
-    l1_weight: float = 1.0
-    form: str = "log"
-    images: int = 48
-    """At most this many latents are used."""
-    seed: int = 0
-
-    def problems(self) -> list[str]:
-        """Sentences that say what is impossible about these numbers; empty if nothing is."""
-        found = []
-        for name, least in (("epochs", 1), ("batch", 1), ("steps_down", 2), ("images", 1)):
-            if getattr(self, name) < least:
-                found.append(f"{name.replace('_', ' ')} must be at least {least}; got {getattr(self, name)}")
-        if not 0 < self.learning_rate < 1:
-            found.append(f"the learning rate must lie between 0 and 1; got {self.learning_rate}")
-        if min(self.clip_weight, self.l1_weight) < 0 or self.clip_weight == self.l1_weight == 0:
-            found.append(f"loss weights must not be negative nor all 0; got clip {self.clip_weight}, l1 {self.l1_weight}")
-        if self.form not in FORMS:
-            found.append(f"the form of the directional loss is one of {', '.join(FORMS)}; got {self.form!r}")
-        return found
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+from models.losses import directional_loss, directional_similarity
+from models.recipe import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)

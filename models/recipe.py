@@ -1,4 +1,4 @@
-"""Every number that decides a walk; what is walked with (mix and degree) belongs to the edit."""
+"""Every number that decides a walk, and every number that decides a fine-tuning run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from models.diffusion import SPACINGS, path_down, path_up
+from models.losses import FORMS
 
 ORDERS = {"ddim": 1, "ab2": 2}
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -79,3 +80,36 @@ class Recipe:
 
 PAPER = Recipe(return_step=400, steps_up=200, steps_down=40, solver="ddim", spacing="linspace")
 """The test recipe of DiffusionCLIP (CVPR 2022): S_for = 200, S_gen = 40; 239 model calls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The numbers of the fine-tuning run. The loss is clip_weight * directional + l1_weight * L1 (DiffusionCLIP, eq. 10)."""
+
+    epochs: int = 6
+    batch: int = 8
+    learning_rate: float = 5e-5
+    learning_rate_growth: float = 1.0
+    """Factor after each epoch; the official code grows the rate by 1.3."""
+    steps_down: int = 6
+    """Rungs of the walk that gradients flow through (S_gen of training)."""
+    clip_weight: float = 3.0
+    l1_weight: float = 1.0
+    form: str = "log"
+    images: int = 48
+    """At most this many latents are used."""
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        """Sentences that say what is impossible about these numbers; empty if nothing is."""
+        found = []
+        for name, least in (("epochs", 1), ("batch", 1), ("steps_down", 2), ("images", 1)):
+            if getattr(self, name) < least:
+                found.append(f"{name.replace('_', ' ')} must be at least {least}; got {getattr(self, name)}")
+        if not 0 < self.learning_rate < 1:
+            found.append(f"the learning rate must lie between 0 and 1; got {self.learning_rate}")
+        if min(self.clip_weight, self.l1_weight) < 0 or self.clip_weight == self.l1_weight == 0:
+            found.append(f"loss weights must not be negative nor all 0; got clip {self.clip_weight}, l1 {self.l1_weight}")
+        if self.form not in FORMS:
+            found.append(f"the form of the directional loss is one of {', '.join(FORMS)}; got {self.form!r}")
+        return found

@@ -40,23 +40,31 @@ def decode(data: bytes | None, size: int, max_pixels: int = MAX_PIXELS) -> np.nd
                     raise ImageError(f"the image has {width}x{height} pixels; at most {max_pixels} are decoded")
                 picture.draft("RGB", (size, size))
                 picture.load()
-                rgb = _to_rgb(ImageOps.exif_transpose(picture))
+                rgb = _to_rgb(_upright(picture))
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"the image has too many pixels; at most {max_pixels} are decoded") from None
+    except Image.DecompressionBombError:  # Pillow's own limit, before the size is known here
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise ImageError(f"the image has too many pixels; at most {most} are decoded") from None
     except Exception as error:  # decoders raise nearly anything (struct.error, SyntaxError, zlib.error ...)
         raise ImageError(f"the image is damaged: {str(error) or type(error).__name__}"[:200]) from None
     fitted = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(fitted, np.uint8).transpose(2, 0, 1)
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a picture whose EXIF is damaged is still a picture
+        return picture
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey; Pillow's own conversion clips it
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey, or floats from 0 to 1; Pillow's conversion clips them
         values = np.asarray(picture, np.float64)
-        top = 65535.0 if picture.mode.startswith("I") else max(float(np.nanmax(values)), 1e-9)
+        top = 65535.0 if picture.mode.startswith("I") else max(1.0, float(np.nanmax(values)))
         return Image.fromarray(np.clip(np.nan_to_num(values) / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         rgba = picture.convert("RGBA")

@@ -6,8 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from models.domains import Domain
-from models.finetune import Tuning
-from models.recipe import Recipe
+from models.recipe import Recipe, Tuning
 from pipeline.codec import MAX_PIXELS
 
 

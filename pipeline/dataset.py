@@ -22,11 +22,10 @@ from pipeline import schema
 from pipeline.config import ConfigError, Edit, Run, Source, versions
 from pipeline.sources import Block, Input, check_ids, find, plan_blocks, read_block
 from pipeline.stages import Apply, Invert, Score, Stage
+from pipeline.summary import RECORD
 
 ROW_GROUP = 100
 """Rows of a row group: what the Hub viewer allows for images."""
-RECORD = "_run.json"
-"""What made a dataset; the underscore keeps readers of Parquet folders from opening it."""
 
 
 class AuditError(RuntimeError):
@@ -254,7 +253,7 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
     receipts = block_dataset(plan.found, plan.blocks).map_batches(
         Worker,
         fn_constructor_args=(run, plan.outputs, plan.found.has_latents),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(run.resources.workers, len(plan.blocks))),
+        compute=_pool(min(run.resources.workers, len(plan.blocks))),
         batch_size=max(block.rows for block in plan.blocks),
         batch_format="pyarrow",
         num_cpus=run.resources.cpus,
@@ -271,6 +270,11 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
         audit(plan.input_ids, output.folder)
         _write_record(plan, output, report)
     return report
+
+
+def _pool(most: int) -> ray.data.ActorPoolStrategy:
+    """Actors start together, as far as there is room for them, and idle ones are given back."""
+    return ray.data.ActorPoolStrategy(min_size=1, initial_size=most, max_size=most)
 
 
 def audit(input_ids: np.ndarray, folder: str) -> None:
@@ -310,9 +314,3 @@ def _write_record(plan: Plan, output: Output, report: Report) -> None:
     }
     fs, root = url_to_fs(output.folder)
     fs.pipe_file(f"{root}/{RECORD}", json.dumps(record, indent=2).encode())
-
-
-def read_record(folder: str) -> dict[str, Any]:
-    """What ``execute`` wrote about a finished run; empty if there is no such record."""
-    fs, root = url_to_fs(folder)
-    return json.loads(fs.cat_file(f"{root}/{RECORD}")) if fs.exists(f"{root}/{RECORD}") else {}

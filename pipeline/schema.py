@@ -86,10 +86,13 @@ def about(schema: pa.Schema) -> dict[str, Any]:
 
 
 def is_image_column(kind: pa.DataType) -> bool:
-    """True for binary columns and for structs that hold ``bytes``."""
-    if pa.types.is_struct(kind):
-        return any(f.name == "bytes" and _is_binary(f.type) for f in kind)
-    return _is_binary(kind)
+    """True for binary columns and for structs that hold ``bytes``, and perhaps a textual ``path``."""
+    if not pa.types.is_struct(kind):
+        return _is_binary(kind)
+    parts = {f.name: f.type for f in kind}
+    path = parts.get("path", pa.null())
+    is_path = pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
+    return "bytes" in parts and _is_binary(parts["bytes"]) and is_path
 
 
 def _is_binary(kind: pa.DataType) -> bool:

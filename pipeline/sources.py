@@ -66,6 +66,8 @@ class Input:
 
 def find(source: Source) -> Input:
     """Looks at an address without reading a picture. Raises ConfigError that says what is there instead."""
+    if not source.path:
+        raise ConfigError("the address of the input is empty")
     try:
         fs, root = url_to_fs(source.path)
         if not fs.exists(root):
@@ -75,7 +77,7 @@ def find(source: Source) -> Input:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{source.path} cannot be opened: {error}") from None
-    visible = [f for f in everything if not any(p.startswith(("_", ".")) for p in _below(f, root).split("/"))]
+    visible = [f for f in everything if f == root or not any(p.startswith(("_", ".")) for p in _below(f, root).split("/"))]
     tables = tuple(f for f in visible if f.lower().endswith(".parquet"))
     pictures = tuple(f for f in visible if f.lower().endswith(SUFFIXES))
     if tables and pictures:
@@ -83,6 +85,8 @@ def find(source: Source) -> Input:
     if tables:
         return _find_tables(source, fs, tables)
     if pictures:
+        if odd := [f for f in pictures if not _is_text(f)]:
+            raise ConfigError(f"the names of {len(odd)} pictures in {source.path} are not UTF-8, e.g. {odd[0]!r}; rename them first")
         columns = pa.schema([(source.image_column, schema.IMAGE)])
         return Input(source=source, kind="pictures", files=pictures, counts=((1,),) * len(pictures), columns=columns)
     what = "is empty" if not everything else "holds no input"
@@ -103,14 +107,41 @@ def _find_tables(source: Source, fs: fsspec.AbstractFileSystem, files: tuple[str
             columns = found
         elif not found.equals(columns):
             problems.append(f"{file} has other columns or types than {files[0]}; all files of one input must agree")
+        elif schema.about(found) != schema.about(columns):
+            problems.append(f"{file} was made by another run than {files[0]} (model, recipe or edit differ); give them one by one")
     if columns is not None and not problems:
         problems = _column_problems(source, columns)
+    if not problems and not any(map(sum, counts)):
+        problems = [f"{source.path} has no rows"]
     if problems or columns is None:
         raise ConfigError(*problems)
     return Input(source=source, kind="parquet", files=files, counts=tuple(counts), columns=columns)
 
 
+def _is_text(name: str) -> bool:
+    """False for a file name whose bytes are not UTF-8, as ids must be."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def _column_problems(source: Source, columns: pa.Schema) -> list[str]:
+    twice = sorted({name for name in columns.names if columns.names.count(name) > 1})
+    if twice:
+        return [f"{source.path} has more than one column named {', '.join(map(repr, twice))}; rename them first"]
+    return _id_problems(source, columns) + _image_problems(source, columns)
+
+
+def _id_problems(source: Source, columns: pa.Schema) -> list[str]:
+    if source.id_column not in columns.names:
+        asked = source.id_column != Source.id_column  # the usual name may be missing: then ids are made
+        return [f"{source.path} has no column {source.id_column!r}; it has {', '.join(columns.names)}"] if asked else []
+    kind = columns.field(source.id_column).type
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if any(is_kind(plain) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)):
+        return []
+    return [f"column {source.id_column!r} of {source.path} must be text or whole numbers; it is {kind}"]
+
+
+def _image_problems(source: Source, columns: pa.Schema) -> list[str]:
     if source.image_column not in columns.names:
         usable = [f.name for f in columns if schema.is_image_column(f.type)]
         hint = f"; image columns are: {', '.join(usable)}" if usable else ""

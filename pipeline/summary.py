@@ -29,6 +29,8 @@ MAX_REJECTS = 50
 MAX_REASONS = 1000
 """Different reasons that are counted apart; what comes after them is counted as ``OTHER``, so that memory stays bounded."""
 OTHER = "other reasons"
+FILES = 32
+"""Parquet files that are open to one scan."""
 _MEANS = ("mae", "ssim", "clip_direction")
 _READINGS = ("factors_before", "factors_after")
 
@@ -90,7 +92,7 @@ def edit_folders(address: str) -> list[str]:
         if _is_edits(fs, root):
             return [address]
         below = sorted(str(entry["name"]).rstrip("/") for entry in fs.ls(root, detail=True) if entry["type"] == "directory")
-        found = [folder.rsplit("/", 1)[-1] for folder in below if _is_edits(fs, folder)]
+        found = [_name(folder) for folder in below if not _hidden(folder) and _is_edits(fs, folder)]
     except (ValueError, ImportError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -100,11 +102,17 @@ def edit_folders(address: str) -> list[str]:
     return [f"{address.rstrip('/')}/{name}" for name in found]
 
 
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _hidden(path: str) -> bool:
+    return _name(path).startswith(("_", "."))
+
+
 def _is_edits(fs: AbstractFileSystem, folder: str) -> bool:
     """Whether a folder's first Parquet file says that it holds edits; only files right in the folder count."""
-    if folder.rsplit("/", 1)[-1].startswith(("_", ".")):
-        return False
-    files = sorted(f for f in fs.ls(folder, detail=False) if f.endswith(".parquet"))
+    files = sorted(f for f in fs.ls(folder, detail=False) if f.endswith(".parquet") and not _hidden(f))
     if not files:
         return False
     try:
@@ -260,8 +268,10 @@ def _all(columns: list[pa.Array], join: Any) -> pa.Array:
 def batches(found: Input, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of all rows in order, a few row groups in memory at a time; other columns are not read."""
     fs, _ = url_to_fs(found.source.path)
-    dataset = pads.dataset(list(found.files), schema=found.columns, filesystem=fs, format="parquet")
-    yield from dataset.to_batches(columns=list(columns))
+    for start in range(0, len(found.files), FILES):  # a dataset keeps the footers of all its files
+        files = list(found.files[start : start + FILES])
+        dataset = pads.dataset(files, schema=found.columns, filesystem=fs, format="parquet")
+        yield from dataset.to_batches(columns=list(columns), batch_readahead=4)
 
 
 # ---- single rows -----------------------------------------------------------------------------------------------------
@@ -275,7 +285,8 @@ def spread(total: int, count: int) -> list[int]:
 
 def locate(found: Input, ids: Sequence[str]) -> dict[str, int]:
     """Positions of ids that are there; reads the id column until all are found."""
-    wanted, places, start = pa.array(ids, pa.string()), {}, 0
+    wanted, start = pa.array(ids, pa.string()), 0
+    places: dict[str, int] = {}
     for batch in batches(found, ["id"]):
         hits = np.flatnonzero(pc.is_in(batch["id"], value_set=wanted).to_numpy(zero_copy_only=False))
         places |= {batch["id"][int(hit)].as_py(): start + int(hit) for hit in hits}

@@ -1,0 +1,29 @@
+"""Score tables for the terminal."""
+
+from rich.table import Table
+
+from pipeline.summary import Summary
+
+
+def score_table(summaries: list[Summary]) -> Table:
+    """One line a dataset of edits; shares are of the rows that the line counts."""
+    table = Table("edit", "degree", "rows in", "edited", "rejected", "MAE", "SSIM", "CLIP dir.", "success", "kept", "calls/image")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for s in summaries:
+        calls = s.record.get("model_calls_per_image")
+        scores = [number(v) for v in (s.mae, s.ssim, s.clip_direction, s.success, s.kept)]
+        table.add_row(s.attribute, f"{s.degree:g}", str(s.rows), str(s.rows - s.rejected), str(s.rejected), *scores, str(calls or "-"))
+    return table
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def count_table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title, "")
+    table.columns[1].justify = "right"
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

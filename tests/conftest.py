@@ -1,0 +1,83 @@
+"""What many tests share: a domain small enough to walk in milliseconds, its edit models, and pictures on disk."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import picture, save_clip, save_diffusion
+
+from models.domains import Domain
+from models.recipe import Recipe
+from models.unet import load_base
+from models.weights import Card, fingerprint, save_edit_model
+from pipeline.config import Part
+
+torch.set_num_threads(1)  # the networks of these tests are far too small to share
+
+TinyDomain = Callable[..., Domain]
+
+
+@pytest.fixture(scope="session")
+def tiny_domain(tmp_path_factory: pytest.TempPathFactory) -> TinyDomain:
+    """``tiny_domain(size=16, **changes)``: a domain with a random UNet and CLIP and without a judge."""
+
+    @cache
+    def made(size: int) -> Domain:
+        folder = tmp_path_factory.mktemp(f"domain{size}")
+        return Domain(
+            name="tiny",
+            noun="picture",
+            image_size=size,
+            weights=save_diffusion(folder / "diffusion", size),
+            clip=save_clip(folder / "clip"),
+            edits=folder / "edits",
+            about="random weights",
+            licence="none",
+            recipe=Recipe(return_step=300, steps_up=5, steps_down=4),
+        )
+
+    return lambda size=16, **changes: replace(made(size), **changes)
+
+
+TinyEdit = Callable[..., Part]
+
+
+@pytest.fixture(scope="session")
+def tiny_edit() -> TinyEdit:
+    """``tiny_edit(domain, name, weight=1.0)``: an edit model of a domain, its base with other last weights."""
+
+    def made(domain: Domain, name: str, weight: float = 1.0) -> Part:
+        state = {k: v.clone() for k, v in load_base(domain.weights).unet.state_dict().items()}
+        noise = torch.Generator().manual_seed(sum(map(ord, name)))
+        state["conv_out.weight"] += 0.2 * torch.randn(state["conv_out.weight"].shape, generator=noise)
+        card = Card(
+            attribute=name,
+            domain=domain.name,
+            domain_fingerprint=fingerprint(domain.weights),
+            source="face",
+            target=f"{name} face",
+            recipe=domain.recipe.to_dict(),
+            tuning={},
+            images=1,
+            steps=1,
+        )
+        return Part(name=name, file=save_edit_model(domain.edits, state, card), weight=weight, source=card.source, target=card.target)
+
+    return made
+
+
+@pytest.fixture
+def save_pictures(tmp_path: Path) -> Callable[..., Path]:
+    """``save_pictures("a.png", "deep/b.jpg", folder="pictures")``: distinct pictures in a folder."""
+
+    def saved(*names: str, folder: str = "pictures", side: int = 16) -> Path:
+        root = tmp_path / folder
+        for seed, name in enumerate(names):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            picture(seed, side).save(root / name)
+        return root
+
+    return saved

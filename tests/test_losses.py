@@ -1,0 +1,63 @@
+"""What would be lost: the loss of the official code, and a training that does not end in NaN."""
+
+from math import log
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.losses import directional_loss, directional_similarity
+
+
+def vectors(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_similarity_is_the_cosine_of_the_change_with_the_text_direction() -> None:
+    before, after, direction = vectors(4, 8), vectors(4, 8, seed=1), vectors(8, seed=2)
+    got = directional_similarity(before, after, direction)
+    for row in range(4):
+        change = after[row] - before[row]
+        assert got[row].item() == pytest.approx((change @ direction / (change.norm() * direction.norm())).item(), abs=1e-6)
+
+
+def test_a_change_along_against_and_across_the_text_direction() -> None:
+    direction = torch.tensor([1.0, 0.0])
+    change = torch.tensor([[3.0, 0.0], [-0.1, 0.0], [0.0, 5.0]])
+    torch.testing.assert_close(directional_similarity(torch.zeros(3, 2), change, direction), torch.tensor([1.0, -1.0, 0.0]))
+
+
+@pytest.mark.parametrize("cosine", [-0.9, -0.5, 0.0, 0.3, 0.99, 1.0])
+def test_the_log_form_is_that_of_the_official_code(cosine: float) -> None:
+    assert directional_loss(torch.tensor([cosine])).item() == pytest.approx(-log((1 + cosine) / 2), abs=1e-5)
+    assert directional_loss(torch.tensor([cosine])).item() == pytest.approx(-log((2 - (1 - cosine)) / 2), abs=1e-5)
+
+
+def test_the_cosine_form_is_that_of_the_paper() -> None:
+    assert directional_loss(torch.tensor([0.25, -0.75]), "cosine").item() == pytest.approx((0.75 + 1.75) / 2)
+
+
+@pytest.mark.parametrize("form", ["log", "cosine"])
+def test_the_loss_is_the_mean_over_the_batch_zero_at_best_and_falls_with_the_cosine(form: str) -> None:
+    assert directional_loss(torch.ones(5), form).item() == pytest.approx(0)
+    both = directional_loss(torch.tensor([0.1, -0.6]), form)
+    torch.testing.assert_close(both, (directional_loss(torch.tensor([0.1]), form) + directional_loss(torch.tensor([-0.6]), form)) / 2)
+    cosines = torch.linspace(-0.99, 1, 50)
+    losses = torch.stack([directional_loss(c[None], form) for c in cosines])
+    assert (losses.diff() < 0).all()
+
+
+@pytest.mark.parametrize("form", ["log", "cosine"])
+@pytest.mark.parametrize("change", [[0.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], ids=["no change", "opposite", "perfect"])
+def test_no_change_and_the_opposite_change_give_finite_losses_and_gradients(form: str, change: list[float]) -> None:
+    after = torch.tensor([change], requires_grad=True)
+    loss = directional_loss(directional_similarity(torch.zeros(1, 2), after, torch.tensor([1.0, 0.0])), form)
+    loss.backward()
+    assert loss.isfinite()
+    assert after.grad is not None
+    assert after.grad.isfinite().all()
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of log, cosine; got 'l2'"):
+        directional_loss(torch.zeros(1), "l2")

@@ -1,0 +1,72 @@
+"""What would be lost: an impossible number is named before anything runs, and a latent says by which numbers it was made."""
+
+from dataclasses import fields
+
+import pytest
+
+from models.diffusion import linear_alpha_bars
+from models.recipe import PAPER, Recipe
+
+ALPHA_BARS = linear_alpha_bars()
+
+
+def test_the_default_and_the_papers_recipe_are_possible() -> None:
+    assert Recipe().problems() == []
+    assert PAPER.problems() == []
+    assert PAPER.calls_up + PAPER.calls_down == 239
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"return_step": 0}, "the return step must lie between 1 and 999; got 0"),
+        ({"return_step": 1000}, "the return step must lie between 1 and 999; got 1000"),
+        ({"steps_up": 1}, r"steps up must lie between 2 and 401 \(return step \+ 1\); got 1"),
+        ({"steps_down": 402}, r"steps down must lie between 2 and 401 \(return step \+ 1\); got 402"),
+        ({"solver": "euler"}, "solver is one of ddim, ab2; got 'euler'"),
+        ({"spacing": "log"}, "spacing is one of linspace, sigma; got 'log'"),
+        ({"precision": "int8"}, "precision is one of float32, bfloat16, float16; got 'int8'"),
+    ],
+)
+def test_an_impossible_number_is_named_with_what_is_possible(changed: dict[str, object], message: str) -> None:
+    (problem,) = Recipe(**changed).problems()  # type: ignore[arg-type]
+    assert pytest.raises(ValueError, match=message).matches(ValueError(problem))
+
+
+def test_all_impossible_numbers_are_named_at_once() -> None:
+    assert len(Recipe(return_step=-1, steps_up=0, steps_down=0, solver="", spacing="", precision="").problems()) == 6
+
+
+def test_a_shorter_schedule_lowers_the_highest_return_step() -> None:
+    assert Recipe(return_step=400).problems(timesteps=400) == ["the return step must lie between 1 and 399; got 400"]
+
+
+@pytest.mark.parametrize("spacing", ["sigma", "linspace"])
+@pytest.mark.parametrize("return_step", [1, 2, 10, 400, 999])
+def test_every_recipe_without_problems_can_be_walked_at_the_price_it_says(spacing: str, return_step: int) -> None:
+    for steps in {2, min(20, return_step + 1), return_step + 1}:
+        recipe = Recipe(return_step=return_step, steps_up=steps, steps_down=steps, spacing=spacing)
+        assert recipe.problems() == []
+        assert len(recipe.up(ALPHA_BARS)) - 1 == recipe.calls_up
+        assert len(recipe.down(ALPHA_BARS)) - 1 == recipe.calls_down
+
+
+def test_the_solver_decides_the_order() -> None:
+    assert (Recipe(solver="ddim").order, Recipe(solver="ab2").order) == (1, 2)
+
+
+def test_a_recipe_survives_being_written_down() -> None:
+    recipe = Recipe(return_step=321, steps_up=7, solver="ddim", spacing="linspace", precision="bfloat16")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert set(recipe.to_dict()) == {f.name for f in fields(Recipe)}
+
+
+def test_a_misspelt_part_of_a_recipe_is_no_silent_default() -> None:
+    with pytest.raises(ValueError, match="retrun_step is no part of a recipe; it has return_step"):
+        Recipe.from_dict({"retrun_step": 5})
+
+
+def test_latents_are_told_apart_by_all_that_made_them_and_not_by_how_they_will_be_used() -> None:
+    assert Recipe(steps_down=5, precision="float16").of_latent() == Recipe().of_latent()
+    for other in (Recipe(return_step=401), Recipe(steps_up=21), Recipe(solver="ddim"), Recipe(spacing="linspace")):
+        assert other.of_latent() != Recipe().of_latent()

@@ -23,7 +23,7 @@ def demo(out: Folder = Path("out/demo"), rows: Rows = 48, workers: o.Workers = 2
 
     [bold]Example[/bold]
 
-    diffusionclip demo --out out/demo --rows 48
+    diffusionclip demo --out out/demo --rows 32
     """
     from jobs.progress import console
     from jobs.session import ray_session
@@ -91,7 +91,7 @@ def run_chain(out: Path, pictures: Path, workers: int, seconds: dict[str, float]
         train([make_tune_plan(tune_run(str(out / "latents"), out / "models", domain.name, text, {}, machines))], parallel=1)
     with timed(seconds, "edit and score"):
         models = [out / "models"]
-        edits = make_edits(domain, ["none", LIVE, "glasses", "hat", "smiling"], ["glasses=1,hat=1"], [1.0], models)
+        edits = make_edits(domain, ["none", LIVE, "glasses", "smiling", "beard"], ["glasses=1,smiling=1"], [1.0], models)
         sweep = make_edits(domain, ["glasses"], [], [0.5, 1.5], models)
         run = Run(source=Source(path=str(pictures)), output=str(out / "edits"), edits=edits + sweep, command="diffusionclip demo", **shared)
         run_plan(make_plan(run), "edit")

@@ -19,7 +19,7 @@ Work = Annotated[Path, typer.Option("--work", help="Where the domain's edits are
 def evaluate(
     edits: Edits = None,
     domain: o.DomainName = "pixelface",
-    rows: Rows = 512,
+    rows: Rows = 256,
     out: Json = None,
     work: Work = Path("out/evaluate"),
     workers: o.Workers = 2,
@@ -33,7 +33,7 @@ def evaluate(
 
     diffusionclip evaluate out/edits
 
-    diffusionclip evaluate --domain pixelface --rows 512 --out benchmarks/results/pixelface.json
+    diffusionclip evaluate --domain pixelface --rows 256 --out benchmarks/results/pixelface.json
     """
     from jobs.progress import console
     from jobs.session import ray_session

@@ -1,5 +1,6 @@
 """What a person sees while a job runs: a live bar on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 LINE_SECONDS = 5.0
 """A plain line at most this often."""
 
@@ -24,19 +25,23 @@ class Display:
     def __init__(self, name: str, total: int, unit: str, bar: Progress | None):
         self.name, self.total, self.unit, self.bar = name, total, unit, bar
         self.started = self.printed = time.monotonic()
+        self.last = 0
         self.task = bar.add_task(name, total=total, note="") if bar else None
 
     def update(self, done: int, note: str = "") -> None:
-        """``note`` stands behind the rate, e.g. ``3 rejected``."""
+        """``note`` stands before the rate, e.g. ``3 rejected``."""
         seconds = time.monotonic() - self.started
         rate = done / seconds if seconds > 0 else 0.0
-        words = ", ".join(w for w in (note, f"{rate:.1f} {self.unit}/s" if done else "") if w)
+        words = ", ".join(w for w in (note, f"{rate:.1f} {self.unit}/s" if done and self.unit != "%" else "") if w)
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, note=words)
-        elif done >= self.total or time.monotonic() - self.printed >= LINE_SECONDS:
-            left = f", {(self.total - done) / rate:.0f} s left" if rate and done < self.total else ""
-            console.print(f"{self.name}: {done}/{self.total} {self.unit}, {words or 'starting'}{left}")
+            return
+        finished = done >= self.total > self.last
+        if finished or (done < self.total and time.monotonic() - self.printed >= LINE_SECONDS):
+            left = f", {(self.total - done) / rate:.0f} s left" if rate and not finished else ""
+            console.print(f"{self.name}: {done}/{self.total} {self.unit}, {words or 'starting'}{left}", markup=False)
             self.printed = time.monotonic()
+        self.last = done
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def write_table(file: Path, stem: str, pictures: np.ndarray, factors: np.ndarray
     table = pa.table(columns)
     features = {f.name: schema.feature(f.type) for f in table.schema}
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, file, row_group_size=64, write_page_index=True)
+    pq.write_table(table, file, row_group_size=32, write_page_index=True)
 
 
 def describe(truth: dict[str, str]) -> str:

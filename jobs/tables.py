@@ -1,13 +1,15 @@
 """Score tables for the terminal."""
 
+from rich import box
 from rich.table import Table
 
 from pipeline.summary import Summary
 
 
 def score_table(summaries: list[Summary]) -> Table:
-    """One line a dataset of edits; shares are of the rows that the line counts."""
-    table = Table("edit", "degree", "rows in", "edited", "rejected", "MAE", "SSIM", "CLIP dir.", "success", "kept", "calls/image")
+    """One line a dataset of edits: rows in, edited and rejected, mean scores, shares, and model calls an image."""
+    names = ("edit", "degree", "in", "edited", "rejected", "MAE", "SSIM", "CLIP", "success", "kept", "calls")
+    table = Table(*names, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for s in summaries:
@@ -22,7 +24,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def count_table(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title, "")
+    table = Table(title, "", box=box.SIMPLE, pad_edge=False)
     table.columns[1].justify = "right"
     for name, value in rows:
         table.add_row(name, value)

@@ -33,7 +33,7 @@ class Recipe:
         found = []
         if not 1 <= self.return_step < timesteps:
             found.append(f"the return step must lie between 1 and {timesteps - 1}; got {self.return_step}")
-        most = max(2, self.return_step + 1)
+        most = timesteps if found else self.return_step + 1
         for name in ("steps_up", "steps_down"):
             if not 2 <= getattr(self, name) <= most:
                 found.append(f"{name.replace('_', ' ')} must lie between 2 and {most} (return step + 1); got {getattr(self, name)}")

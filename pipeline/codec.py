@@ -81,8 +81,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 (3, H, W) pictures -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+    """uint8 (3, H, W) pictures -> float32 (B, 3, H, W) in [-1, 1], contiguous whatever the pictures' own layout.
+
+    Convolutions round differently in another memory layout, and a row must not depend on how its batch came about.
+    """
+    return torch.from_numpy(np.ascontiguousarray(np.stack(pictures))).float() / 127.5 - 1
 
 
 def to_pictures(images: Tensor) -> list[np.ndarray]:

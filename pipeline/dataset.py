@@ -235,13 +235,17 @@ def write_file(folder: str, name: str, table: pa.Table) -> None:
 
 
 def block_dataset(found: Input, blocks: list[Block]) -> ray.data.Dataset:
-    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by CPU tasks."""
+    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by CPU tasks.
+
+    Half a CPU, because Ray would fuse tasks that need what an actor needs into the actor: reading would wait for the model,
+    and all blocks would become one task.
+    """
 
     def read(batch: pa.Table) -> pa.Table:
         return read_block(found, blocks[batch["block"][0].as_py()])
 
     numbers = ray.data.from_arrow([pa.table({"block": [i]}) for i in range(len(blocks))])
-    return numbers.map_batches(read, batch_size=1, batch_format="pyarrow")
+    return numbers.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
 
 
 def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: None) -> Report:

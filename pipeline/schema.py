@@ -60,6 +60,21 @@ def _with_metadata(columns: Sequence[pa.Field], about: Mapping[str, Any]) -> pa.
     return pa.schema(columns, metadata)
 
 
+_DTYPES = {
+    pa.float16(): "float16",
+    pa.float32(): "float32",
+    pa.float64(): "float64",
+    pa.bool_(): "bool",
+    pa.string(): "string",
+    pa.large_string(): "large_string",
+    pa.binary(): "binary",
+    pa.large_binary(): "large_binary",
+    pa.date32(): "date32",
+    pa.null(): "null",
+}
+"""Names that Hugging Face datasets has for Arrow types, beside integers and timestamps, which it calls as Arrow does."""
+
+
 def feature(kind: pa.DataType) -> dict[str, Any] | None:
     """The Hugging Face feature of an Arrow type, so that ``datasets`` and the Hub viewer show pictures."""
     if kind == IMAGE:
@@ -73,9 +88,8 @@ def feature(kind: pa.DataType) -> dict[str, Any] | None:
     if pa.types.is_struct(kind):
         parts = {f.name: feature(f.type) for f in kind}
         return parts if all(parts.values()) else None
-    names = {pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64", pa.bool_(): "bool"}
-    if kind in names or pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_binary(kind):
-        return {"_type": "Value", "dtype": names.get(kind, str(kind))}
+    if kind in _DTYPES or pa.types.is_integer(kind) or pa.types.is_timestamp(kind):
+        return {"_type": "Value", "dtype": _DTYPES.get(kind, str(kind))}
     return None
 
 

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -222,6 +223,8 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
         metrics = json.loads(Path(folder, "state.json").read_text())
     file = save_edit_model(run.output, state, make_card(run, metrics))
     shutil.rmtree(storage / plan.name, ignore_errors=True)
+    with suppress(OSError):  # other attributes may still have theirs
+        storage.rmdir()
     return Tuned(attribute=run.attribute, file=file, seconds=time.monotonic() - started, losses=metrics)
 
 

@@ -18,11 +18,11 @@ def flat(value: float) -> Tensor:
 
 
 def test_the_error_is_in_units_of_a_picture_from_zero_to_one() -> None:
-    assert mean_absolute_error(flat(-1), flat(1)).tolist() == [1.0]
+    assert mean_absolute_error(flat(-1.0), flat(1.0)).tolist() == [1.0]
     assert mean_absolute_error(flat(0.5), flat(0.1)).item() == pytest.approx(0.2)
     half = flat(0.0)
     half[..., :8] = 1.0
-    assert mean_absolute_error(half, flat(0)).item() == pytest.approx(0.25)
+    assert mean_absolute_error(half, flat(0.0)).item() == pytest.approx(0.25)
 
 
 def test_similarity_of_flat_pictures_is_what_the_formula_gives_by_hand() -> None:

@@ -1,11 +1,12 @@
 """What would be lost: an impossible number is named before anything runs, and a latent says by which numbers it was made."""
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
 from models.diffusion import linear_alpha_bars
-from models.recipe import PAPER, Recipe
+from models.recipe import PAPER, Recipe, Tuning
 
 ALPHA_BARS = linear_alpha_bars()
 
@@ -19,7 +20,7 @@ def test_the_default_and_the_papers_recipe_are_possible() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"return_step": 0}, "the return step must lie between 1 and 999; got 0"),
+        ({"return_step": -5}, "the return step must lie between 1 and 999; got -5"),
         ({"return_step": 1000}, "the return step must lie between 1 and 999; got 1000"),
         ({"steps_up": 1}, r"steps up must lie between 2 and 401 \(return step \+ 1\); got 1"),
         ({"steps_down": 402}, r"steps down must lie between 2 and 401 \(return step \+ 1\); got 402"),
@@ -28,13 +29,17 @@ def test_the_default_and_the_papers_recipe_are_possible() -> None:
         ({"precision": "int8"}, "precision is one of float32, bfloat16, float16; got 'int8'"),
     ],
 )
-def test_an_impossible_number_is_named_with_what_is_possible(changed: dict[str, object], message: str) -> None:
-    (problem,) = Recipe(**changed).problems()  # type: ignore[arg-type]
+def test_an_impossible_number_is_named_with_what_is_possible(changed: dict[str, Any], message: str) -> None:
+    (problem,) = Recipe(**changed).problems()
     assert pytest.raises(ValueError, match=message).matches(ValueError(problem))
 
 
 def test_all_impossible_numbers_are_named_at_once() -> None:
     assert len(Recipe(return_step=-1, steps_up=0, steps_down=0, solver="", spacing="", precision="").problems()) == 6
+
+
+def test_a_wrong_return_step_is_not_blamed_on_the_steps() -> None:
+    assert Recipe(return_step=0, steps_up=20).problems() == ["the return step must lie between 1 and 999; got 0"]
 
 
 def test_a_shorter_schedule_lowers_the_highest_return_step() -> None:
@@ -70,3 +75,22 @@ def test_latents_are_told_apart_by_all_that_made_them_and_not_by_how_they_will_b
     assert Recipe(steps_down=5, precision="float16").of_latent() == Recipe().of_latent()
     for other in (Recipe(return_step=401), Recipe(steps_up=21), Recipe(solver="ddim"), Recipe(spacing="linspace")):
         assert other.of_latent() != Recipe().of_latent()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1; got 0"),
+        ({"batch": 0}, "batch must be at least 1; got 0"),
+        ({"steps_down": 1}, "steps down must be at least 2; got 1"),
+        ({"images": 0}, "images must be at least 1; got 0"),
+        ({"learning_rate": 0.0}, "the learning rate must lie between 0 and 1; got 0.0"),
+        ({"learning_rate": float("nan")}, "the learning rate must lie between 0 and 1; got nan"),
+        ({"clip_weight": -1.0}, "loss weights must not be negative nor all 0; got clip -1.0, l1 1.0"),
+        ({"clip_weight": 0.0, "l1_weight": 0.0}, "loss weights must not be negative nor all 0; got clip 0.0, l1 0.0"),
+        ({"form": "l2"}, "the form of the directional loss is one of log, cosine; got 'l2'"),
+    ],
+)
+def test_an_impossible_tuning_is_named(changed: dict[str, Any], message: str) -> None:
+    assert Tuning().problems() == []
+    assert Tuning(**changed).problems() == [message]

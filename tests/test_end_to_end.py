@@ -1,0 +1,167 @@
+"""The whole chain as people run it: real processes, real Ray, the shipped images and weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from models.domains import DOMAINS
+from models.weights import load_card
+from pipeline import codec, schema
+
+PIXELFACE = DOMAINS["pixelface"]
+TINY = ("--return-step", "200", "--steps-up", "3")
+
+
+def run(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "jobs.cli", *words], capture_output=True, text=True, timeout=280)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def mixed_folder(tmp_path_factory) -> Path:
+    """Six good pictures and three broken ones."""
+    folder = tmp_path_factory.mktemp("pictures")
+    images = schema.image_bytes(pq.read_table(PIXELFACE.held_out)["image"].slice(0, 6))
+    for i, data in enumerate(images):
+        (folder / f"good-{i}.png").write_bytes(data)
+    (folder / "cut.png").write_bytes(images[0][:60])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_bytes(b"hello")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(mixed_folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "latents"
+    run("invert", str(mixed_folder), str(out), *TINY, "--max-reject-rate", "0.5", "--block-rows", "4", "--workers", "1")
+    return out
+
+
+def test_every_input_row_is_in_the_latents_and_broken_pictures_keep_their_reason(latents):
+    table = pq.read_table(latents)
+    errors = dict(zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True))
+    assert sorted(errors) == sorted(["cut.png", "empty.jpg", "text.png", *(f"good-{i}.png" for i in range(6))])
+    assert {name for name, error in errors.items() if error} == {"cut.png", "empty.jpg", "text.png"}
+    assert table["latent"].null_count == 3
+
+
+def test_output_files_are_named_after_the_rows_they_hold_and_nothing_half_written_is_left(latents):
+    names = sorted(p.name for p in latents.iterdir())
+    assert names == ["_run.json", "part-000000000000.parquet", "part-000000000004.parquet", "part-000000000008.parquet"]
+
+
+def test_the_record_says_how_the_latents_were_made(latents):
+    record = json.loads((latents / "_run.json").read_text())
+    assert record["command"].startswith("diffusionclip invert ")
+    assert (record["rows"], record["rejected"], record["model_calls_per_image"]) == (9, 3, 3)
+    assert record["recipe"]["return_step"] == 200
+
+
+@pytest.fixture(scope="module")
+def tuned(latents, tmp_path_factory) -> Path:
+    models = tmp_path_factory.mktemp("models")
+    words = ("--name", "rosy", "--source-text", "face", "--target-text", "face with red hair")
+    run("finetune", str(latents), str(models), *words, "--epochs", "2", "--batch", "4", "--steps-down", "2", "--cpus", "1")
+    return models
+
+
+def test_fine_tuning_with_ray_train_leaves_an_edit_model_with_a_card_that_says_how_it_was_made(tuned):
+    card = load_card(tuned / "rosy.safetensors")
+    assert (card.target, card.images, card.steps) == ("face with red hair", 6, 4)
+    assert card.recipe["return_step"] == 200
+    assert not list(tuned.glob(".training/*"))
+
+
+@pytest.fixture(scope="module")
+def edits(latents, tuned, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("edits")
+    run("edit", str(latents), str(out), "-a", "none", "-a", "rosy", "-d", "1", "-d", "0.5", "--models", str(tuned), "--steps-down", "3",
+        "--max-reject-rate", "0.5")  # fmt: skip
+    return out
+
+
+def test_each_edit_is_a_dataset_of_its_own_with_a_row_for_each_input_row(edits, latents):
+    assert sorted(p.name for p in edits.iterdir()) == ["none", "rosy", "rosy_x0.5"]
+    ids = sorted(pq.read_table(latents)["id"].to_pylist())
+    for folder in edits.iterdir():
+        table = pq.read_table(folder)
+        assert sorted(table["id"].to_pylist()) == ids
+        assert table["edited"].null_count == table["mae"].null_count == 3
+
+
+def test_edited_pictures_open_at_the_domains_size_and_differ_from_the_reconstruction(edits):
+    def pictures(name: str) -> np.ndarray:
+        table = pq.read_table(edits / name).sort_by("id")
+        return np.stack([codec.decode(data, 32) for data in schema.image_bytes(table["edited"]) if data])
+
+    assert pictures("none").shape == (6, 3, 32, 32)
+    assert (pictures("none") != pictures("rosy")).any()
+
+
+def test_the_page_of_a_run_is_one_file(edits, tmp_path):
+    run("report", str(edits), "--out", str(tmp_path / "page.html"), "--rows", "4")
+    page = (tmp_path / "page.html").read_text()
+    assert "rosy" in page
+    assert "cut.png" in page
+
+
+def test_more_rejects_than_allowed_end_with_status_3_after_everything_is_written(mixed_folder, tmp_path):
+    done = run("invert", str(mixed_folder), str(tmp_path / "out"), *TINY, "--workers", "1", status=3)
+    assert "3 of 9 rows were rejected" in done.stderr
+    assert pq.read_table(tmp_path / "out").num_rows == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["invert", "nowhere/at/all", "{out}"], "there is nothing at"),
+        (["invert", "{empty}", "{out}"], "is empty"),
+        (["invert", "{table}", "{out}", "--image-column", "picture"], "no column 'picture'; it has id, image, caption, factors"),
+        (["invert", "{table}", "{out}", "--return-step", "1000", "--steps-up", "1"], "must lie between 1 and 999"),
+        (["invert", "{table}", "{out}", "--domain", "pixelfaec"], "did you mean 'pixelface'?"),
+        (["edit", "{table}", "{out}", "-a", "glases"], "did you mean 'glasses'?"),
+        (["edit", "{table}", "{out}"], "say what to edit"),
+        (["edit", "{table}", "{out}", "-a", "none", "-d", "nan"], "degree"),
+        (["edit", "{table}", "{out}", "--mix", "glasses=much,smiling=1"], "must be a number"),
+        (["finetune", "{table}", "{out}", "-a", "glasses"], "holds no latents"),
+        (["finetune", "{table}", "{out}", "--name", "../up", "--source-text", "face", "--target-text", "face"], "letters, digits"),
+        (["report", "{empty}"], "edits"),
+        (["evaluate", "nowhere/at/all"], "there is nothing at"),
+    ],
+)
+def test_an_impossible_request_is_refused_with_one_message_before_ray_starts(words, says, tmp_path):
+    (tmp_path / "empty").mkdir()
+    places = {"out": str(tmp_path / "out"), "empty": str(tmp_path / "empty"), "table": str(PIXELFACE.held_out)}
+    done = run(*(word.format(**places) for word in words), status=2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_latents_of_another_return_step_or_base_model_are_refused_by_name(latents, tmp_path):
+    done = run("edit", str(latents), str(tmp_path / "out"), "-a", "none", "--return-step", "300", status=2)
+    assert "were made with return_step 200, but 300 is asked for" in done.stderr
+
+
+def test_an_output_that_holds_something_is_not_touched_without_overwrite(latents, mixed_folder):
+    before = {p.name: p.read_bytes() for p in latents.iterdir()}
+    done = run("invert", str(mixed_folder), str(latents), *TINY, status=2)
+    assert "give another folder, or --overwrite" in done.stderr
+    assert {p.name: p.read_bytes() for p in latents.iterdir()} == before
+
+
+def test_user_columns_pass_through_and_hugging_face_metadata_names_the_pictures(tmp_path):
+    out = tmp_path / "latents"
+    run("invert", str(PIXELFACE.held_out), str(out), *TINY, "--limit", "3", "--workers", "1")
+    table = pq.read_table(out)
+    assert table["factors"].to_pylist() == pq.read_table(PIXELFACE.held_out)["factors"].slice(0, 3).to_pylist()
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["image"] == {"_type": "Image"}
+    assert isinstance(table.schema.field("latent").type, pa.FixedSizeListType)

@@ -1,0 +1,163 @@
+"""What would be lost: tables that plain pyarrow and Hugging Face datasets open as pictures, and that say how they were made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import schema
+from pipeline.codec import latents_to_arrow
+
+USER = pa.schema(
+    [
+        ("caption", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("box", pa.struct([("left", pa.int32()), ("score", pa.float64())])),
+        ("seen", pa.bool_()),
+    ]
+)
+ABOUT = {"domain": "tiny", "recipe": {"return_step": 300}}
+
+
+def features(columns: pa.Schema) -> dict[str, Any]:
+    return json.loads(columns.metadata[b"huggingface"])["info"]["features"]
+
+
+def test_a_latents_table_has_the_rows_own_columns_the_users_and_then_ours() -> None:
+    columns = schema.latents_schema(USER, 4, ABOUT)
+    assert columns.names == ["id", "image", "caption", "tags", "box", "seen", "latent", "error"]
+    assert columns.field("latent").type == pa.list_(pa.float16(), 48)
+    assert schema.about(columns) == {"version": 1, "kind": "latents", "latent_shape": [3, 4, 4], **ABOUT}
+
+
+def test_an_edits_table_has_scores_and_what_the_judge_reads_only_where_there_is_one() -> None:
+    plain, judged = (schema.edits_schema(USER, factors, ABOUT) for factors in ((), ("hat", "mouth")))
+    made = ["edited", "attribute", "degree", "mae", "ssim", "clip_direction"]
+    assert plain.names == ["id", "image", *USER.names, *made, "error"]
+    assert judged.names == ["id", "image", *USER.names, *made, "factors_before", "factors_after", "error"]
+    assert judged.field("factors_after").type == pa.struct([("hat", pa.string()), ("mouth", pa.string())])
+    assert schema.about(plain)["kind"] == "edits"
+
+
+@pytest.mark.parametrize("kind", ["latents", "edits"])
+def test_every_column_we_add_is_a_name_the_user_must_not_have(kind: str) -> None:
+    empty = pa.schema([])
+    made = schema.latents_schema(empty, 4, {}) if kind == "latents" else schema.edits_schema(empty, ("hat",), {})
+    assert set(made.names) - {"id", "image"} == set(schema.own_columns(kind))
+
+
+def test_pictures_latents_and_nested_columns_have_their_hugging_face_features() -> None:
+    got = features(schema.latents_schema(USER, 4, {}))
+    assert got == {
+        "id": {"_type": "Value", "dtype": "string"},
+        "image": {"_type": "Image"},
+        "caption": {"_type": "Value", "dtype": "string"},
+        "tags": {"_type": "List", "feature": {"_type": "Value", "dtype": "string"}},
+        "box": {"left": {"_type": "Value", "dtype": "int32"}, "score": {"_type": "Value", "dtype": "float64"}},
+        "seen": {"_type": "Value", "dtype": "bool"},
+        "latent": {"_type": "List", "feature": {"_type": "Value", "dtype": "float16"}, "length": 48},
+        "error": {"_type": "Value", "dtype": "string"},
+    }
+    assert features(schema.edits_schema(USER, (), {}))["edited"] == {"_type": "Image"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.map_(pa.string(), pa.int8()), pa.list_(pa.duration("s")), pa.struct([("t", pa.time64("us"))])], ids=str
+)
+def test_a_type_without_a_known_feature_leaves_the_features_to_the_reader(kind: pa.DataType) -> None:
+    columns = schema.latents_schema(pa.schema([("odd", kind)]), 4, ABOUT)
+    assert b"huggingface" not in columns.metadata
+    assert schema.about(columns)["domain"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (pa.int64(), "int64"),
+        (pa.uint8(), "uint8"),
+        (pa.float16(), "float16"),
+        (pa.float32(), "float32"),
+        (pa.float64(), "float64"),
+        (pa.string(), "string"),
+        (pa.large_string(), "large_string"),
+        (pa.binary(), "binary"),
+        (pa.large_binary(), "large_binary"),
+        (pa.bool_(), "bool"),
+        (pa.null(), "null"),
+        (pa.date32(), "date32"),
+        (pa.timestamp("us", "UTC"), "timestamp[us, tz=UTC]"),
+    ],
+)
+def test_plain_values_are_named_as_in_datasets(kind: pa.DataType, dtype: str) -> None:
+    assert schema.feature(kind) == {"_type": "Value", "dtype": dtype}
+
+
+def test_metadata_and_latents_survive_a_parquet_file(tmp_path: Path) -> None:
+    columns = schema.latents_schema(pa.schema([]), 4, ABOUT)
+    table = pa.table([["a"], [{"bytes": b"x", "path": None}], latents_to_arrow([None], 4), ["bad"]], schema=columns)
+    pq.write_table(table, tmp_path / "x.parquet")
+    again = pq.read_table(tmp_path / "x.parquet")
+    assert again.schema.equals(columns)
+    assert schema.about(again.schema) == schema.about(columns)
+    assert again.equals(table)
+
+
+def test_metadata_of_the_users_columns_does_not_travel() -> None:
+    field = pa.field("caption", pa.string(), metadata={"ours": "not"})
+    assert schema.latents_schema(pa.schema([field]), 4, {}).field("caption").metadata is None
+
+
+def test_a_table_that_is_not_ours_says_nothing_about_itself() -> None:
+    assert schema.about(pa.schema([("id", pa.string())])) == {}
+    assert schema.about(pa.schema([], {"huggingface": "{}"})) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "usable"),
+    [
+        (schema.IMAGE, True),
+        (pa.binary(), True),
+        (pa.large_binary(), True),
+        (pa.struct([("bytes", pa.binary())]), True),
+        (pa.struct([("path", pa.large_string()), ("bytes", pa.large_binary())]), True),
+        (pa.struct([("bytes", pa.binary()), ("path", pa.null())]), True),
+        (pa.struct([("path", pa.string())]), False),
+        (pa.struct([("bytes", pa.string())]), False),
+        (pa.struct([("bytes", pa.binary()), ("path", pa.int64())]), False),
+        (pa.string(), False),
+        (pa.list_(pa.uint8()), False),
+    ],
+)
+def test_only_a_column_that_holds_encoded_pictures_is_an_image_column(kind: pa.DataType, usable: bool) -> None:
+    assert schema.is_image_column(kind) == usable
+
+
+def image_columns() -> dict[str, pa.Array]:
+    return {
+        "binary": pa.array([b"x", None, b"y"]),
+        "large": pa.array([b"x", None, b"y"], pa.large_binary()),
+        "struct": pa.array([{"bytes": b"x", "path": "a.png"}, None, {"bytes": b"y", "path": None}], schema.IMAGE),
+        "bytes alone": pa.array([{"bytes": b"x"}, None, {"bytes": b"y"}]),
+    }
+
+
+@pytest.mark.parametrize("name", image_columns())
+@pytest.mark.parametrize("chunked", [False, True])
+def test_every_image_column_gives_its_bytes_and_becomes_one_type(name: str, chunked: bool) -> None:
+    column: Any = image_columns()[name]
+    if chunked:
+        column = pa.chunked_array([column.slice(0, 1), column.slice(1)])
+    assert schema.image_bytes(column) == [b"x", None, b"y"]
+    image = schema.image_column(column)
+    assert image.type == schema.IMAGE
+    assert schema.image_bytes(image) == [b"x", None, b"y"]
+    assert image.to_pylist()[0]["path"] == ("a.png" if name == "struct" else None)
+
+
+def test_a_struct_whose_bytes_are_null_is_a_null_picture() -> None:
+    column = pa.array([{"bytes": None, "path": "elsewhere.png"}], schema.IMAGE)
+    assert schema.image_bytes(column) == [None]
+    assert schema.image_column(column).to_pylist() == [{"bytes": None, "path": "elsewhere.png"}]

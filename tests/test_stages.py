@@ -1,0 +1,277 @@
+"""What would be lost: one row out for each row in, the same pixels in any company, and rejects that keep their reason."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import TinyDomain, TinyEdit
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import picture
+
+from models.clip import load_clip
+from models.diffusion import walk
+from models.domains import Domain
+from models.pixelface.avatars import FACTORS
+from models.pixelface.judge import Judge
+from models.recipe import Recipe
+from models.unet import load_alpha_bars, load_base, load_edit_model
+from pipeline import codec, schema
+from pipeline.config import Edit, Resources
+from pipeline.stages import Apply, Invert, Score, decode_column, mix_direction, padded_batches
+
+RESOURCES = Resources(batch=4)
+BAD = b"no picture at all"
+
+
+def png(seed: int, side: int = 16) -> bytes:
+    out = io.BytesIO()
+    picture(seed, side).save(out, "PNG")
+    return out.getvalue()
+
+
+def images(*data: bytes | None) -> pa.Table:
+    rows = [{"bytes": d, "path": None} for d in data]
+    names = pa.array([f"row {i}" for i in range(len(data))])
+    return pa.table({"id": names, "image": pa.array(rows, schema.IMAGE), "caption": names})
+
+
+@pytest.fixture(scope="module")
+def domain(tiny_domain: TinyDomain) -> Domain:
+    return tiny_domain(16)
+
+
+@pytest.fixture(scope="module")
+def invert(domain: Domain) -> Invert:
+    return Invert(domain, domain.recipe, RESOURCES)
+
+
+def apply(domain: Domain, edit: Edit, table: pa.Table, recipe: Recipe | None = None) -> pa.Table:
+    return Apply(domain, recipe or domain.recipe, edit, RESOURCES)(table)
+
+
+def pixels(table: pa.Table, column: str = "edited") -> list[np.ndarray | None]:
+    return decode_column(table[column], 16, codec.MAX_PIXELS)[0]
+
+
+def equal(a: Sequence[np.ndarray | None], b: Sequence[np.ndarray | None]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
+
+
+def stages(domain: Domain, invert: Invert, edit: Edit, table: pa.Table) -> pa.Table:
+    return Score(domain, edit, RESOURCES)(apply(domain, edit, invert(table)))
+
+
+# ---- rows and rejects ------------------------------------------------------------------------------------------------
+
+
+def test_every_row_comes_out_of_every_stage_with_its_columns_and_its_reason(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    table = images(png(0), None, b"", BAD, png(1), png(2)[:80], png(3))
+    edit = Edit(parts=(tiny_edit(domain, "smiling"),))
+    done = stages(domain, invert, edit, table)
+    assert done["id"].to_pylist() == table["id"].to_pylist()
+    assert done["caption"].to_pylist() == table["caption"].to_pylist()
+    assert done["image"].to_pylist() == table["image"].to_pylist()
+    errors = done["error"].to_pylist()
+    assert [i for i, error in enumerate(errors) if error is None] == [0, 4, 6]
+    assert errors[1:4] == ["the image is null", "the image has no bytes", f"not an image in one of the formats {', '.join(codec.FORMATS)}"]
+    for column in ("edited", "mae", "ssim", "clip_direction"):
+        assert [v is None for v in done[column].to_pylist()] == [error is not None for error in errors], column
+    assert set(done["attribute"].to_pylist()) == {"smiling"}
+    assert set(done["degree"].to_pylist()) == {1.0}
+
+
+def test_the_stages_fill_the_tables_that_the_schema_promises(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    user = pa.schema([("caption", pa.string())])
+    latents = invert(images(png(0), BAD))
+    columns = schema.latents_schema(user, 16, {})
+    assert latents.select(columns.names).cast(columns).schema.equals(columns)
+    done = stages(domain, invert, Edit(parts=(tiny_edit(domain, "smiling"),)), images(png(0), BAD))
+    columns = schema.edits_schema(user, (), {})
+    assert done.select(columns.names).cast(columns).schema.equals(columns)
+
+
+def test_a_table_of_nothing_but_rejects_goes_through(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    done = stages(domain, invert, Edit(parts=(tiny_edit(domain, "smiling"),)), images(BAD, None))
+    assert done["edited"].to_pylist() == [None, None]
+    assert None not in done["error"].to_pylist()
+
+
+def test_the_limit_of_pixels_is_that_of_the_run(domain: Domain) -> None:
+    done = Invert(domain, domain.recipe, Resources(max_pixels=300))(images(png(0), png(1, side=18)))
+    assert done["error"].to_pylist() == [None, "the image has 18x18 pixels; at most 300 are decoded"]
+
+
+def test_a_fault_of_the_model_is_no_reject(domain: Domain) -> None:
+    stage = Invert(domain, domain.recipe, RESOURCES)
+
+    def broken(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    stage.model = broken  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stage(images(png(0)))
+
+
+# ---- the same pixels in any company ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("company", [[], [BAD] * 3, [7, 8, 9], [BAD, 7, None, 8, 9, 10, 11, b""]], ids=["alone", "bad", "good", "mixed"])
+def test_a_row_is_edited_bit_for_bit_alike_in_any_company(
+    domain: Domain, invert: Invert, tiny_edit: TinyEdit, company: list[int | bytes | None]
+) -> None:
+    edit = Edit(parts=(tiny_edit(domain, "smiling"),), degree=0.7)
+    reference = invert(images(png(0), png(1)))
+    others = [png(c) if isinstance(c, int) else c for c in company]
+    crowd = invert(images(*others, png(0), *others, png(1), *others))
+    places = [len(others), 2 * len(others) + 1]
+    assert crowd["latent"].take(places).to_pylist() == reference["latent"].to_pylist()
+    assert equal(pixels(apply(domain, edit, crowd).take(places)), pixels(apply(domain, edit, reference)))
+
+
+def test_rows_of_a_slice_of_a_table_are_those_rows(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    latents = invert(images(*(png(i) for i in range(6))))
+    edit = Edit(parts=(tiny_edit(domain, "smiling"),))
+    whole, part = apply(domain, edit, latents), apply(domain, edit, latents.slice(2, 3))
+    assert equal(pixels(part), pixels(whole)[2:5])
+    assert part["id"].to_pylist() == ["row 2", "row 3", "row 4"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
+def test_batches_have_one_shape_and_lose_and_add_no_image(count: int) -> None:
+    x = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    batches = list(padded_batches(x, 4))
+    assert {tuple(batch.shape) for batch, _ in batches} == {(4, 3, 2, 2)}
+    assert torch.equal(torch.cat([batch[:used] for batch, used in batches]), x)
+
+
+# ---- latents and edits are the walk's --------------------------------------------------------------------------------
+
+
+def test_latents_are_the_base_models_walk_up(domain: Domain, invert: Invert) -> None:
+    bars, recipe = load_alpha_bars(domain.weights), domain.recipe
+    x0 = codec.to_tensor([p for p in pixels(images(png(0), png(1)), "image") if p is not None])
+    want = walk(load_base(domain.weights), x0, recipe.up(bars), bars, recipe.order)
+    got = codec.latents_from_arrow(invert(images(png(0), png(1)))["latent"], 16)
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
+def walked(domain: Domain, latents: pa.Table, noise: Any, recipe: Recipe | None = None) -> list[np.ndarray]:
+    recipe = recipe or domain.recipe
+    bars, x = load_alpha_bars(domain.weights), codec.latents_from_arrow(latents["latent"], 16)
+    with torch.no_grad():
+        return codec.to_pictures(walk(noise, x, recipe.down(bars), bars, recipe.order))
+
+
+def close(a: Sequence[np.ndarray | None], b: Sequence[np.ndarray | None]) -> bool:
+    return all(np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1 for x, y in zip(a, b, strict=True))
+
+
+FOUR = [png(i) for i in range(4)]
+
+
+def test_degree_zero_and_no_attribute_are_the_base_models_walk_down(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    latents = invert(images(*FOUR))
+    want = walked(domain, latents, load_base(domain.weights))
+    nothing, none = Edit(parts=(tiny_edit(domain, "smiling"),), degree=0.0), Edit()
+    assert equal(pixels(apply(domain, nothing, latents)), want)
+    assert equal(pixels(apply(domain, none, latents)), want)
+    assert set(apply(domain, none, latents)["attribute"].to_pylist()) == {"none"}
+
+
+def test_degree_one_is_the_edit_models_walk_and_never_asks_the_base(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    latents, part = invert(images(*FOUR)), tiny_edit(domain, "smiling")
+    got = pixels(apply(domain, Edit(parts=(part,)), latents))
+    assert equal(got, walked(domain, latents, load_edit_model(domain.weights, part.file)))
+    assert not close(got, walked(domain, latents, load_base(domain.weights)))
+
+
+@pytest.mark.parametrize("degree", [-0.5, 0.5, 1.5])
+def test_degrees_in_between_and_beyond_weigh_the_predictions_of_both(
+    domain: Domain, invert: Invert, tiny_edit: TinyEdit, degree: float
+) -> None:
+    latents, part = invert(images(*FOUR)), tiny_edit(domain, "smiling")
+    base, tuned = load_base(domain.weights), load_edit_model(domain.weights, part.file)
+    got = apply(domain, Edit(parts=(part,), degree=degree), latents)
+    assert close(pixels(got), walked(domain, latents, lambda x, t: (1 - degree) * base(x, t) + degree * tuned(x, t)))
+    assert set(got["degree"].to_pylist()) == {degree}
+
+
+def test_a_mix_weighs_its_parts_and_leaves_the_rest_to_the_base(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    latents = invert(images(*FOUR))
+    one, other = tiny_edit(domain, "smiling", 0.5), tiny_edit(domain, "hat", 0.25)
+    base = load_base(domain.weights)
+    first, second = (load_edit_model(domain.weights, part.file) for part in (one, other))
+    got = apply(domain, Edit(parts=(one, other), degree=0.8), latents)
+    assert close(pixels(got), walked(domain, latents, lambda x, t: 0.4 * base(x, t) + 0.4 * first(x, t) + 0.2 * second(x, t)))
+    assert set(got["attribute"].to_pylist()) == {"smiling_and_hat"}
+
+
+def test_the_recipe_of_the_edit_decides_the_way_down(domain: Domain, invert: Invert) -> None:
+    latents, recipe = invert(images(*FOUR)), Recipe(return_step=300, steps_down=9, solver="ddim", spacing="linspace")
+    got = apply(domain, Edit(), latents, recipe)
+    assert equal(pixels(got), walked(domain, latents, load_base(domain.weights), recipe))
+    assert not equal(pixels(got), pixels(apply(domain, Edit(), latents)))
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_of_the_pictures_in_the_row(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    part = tiny_edit(domain, "smiling")
+    done = stages(domain, invert, Edit(parts=(part,)), images(*FOUR))
+    clip, direction = load_clip(domain.clip), load_clip(domain.clip).text_direction(part.source, part.target)
+    for row in range(4):
+        source, edited = (np.asarray(pixels(done, name)[row]) for name in ("image", "edited"))
+        assert done["mae"][row].as_py() == pytest.approx(np.abs(source / 255 - edited / 255).mean(), abs=1e-5)
+        features = clip.image_features(codec.to_tensor([source, edited]))
+        change = features[1] - features[0]
+        assert done["clip_direction"][row].as_py() == pytest.approx(float(change @ direction / change.norm()), abs=1e-3)
+        assert -1 <= done["ssim"][row].as_py() < 1
+
+
+def test_an_unchanged_picture_has_perfect_scores(domain: Domain) -> None:
+    table = images(*FOUR).append_column("error", pa.nulls(4, pa.string()))
+    done = Score(domain, Edit(), RESOURCES)(table.append_column("edited", table["image"]))
+    assert done["mae"].to_pylist() == [0.0] * 4
+    assert done["ssim"].to_pylist() == pytest.approx([1.0] * 4)
+    assert done["clip_direction"].to_pylist() == [None] * 4, "a reconstruction goes nowhere"
+
+
+def test_a_source_that_cannot_be_read_any_more_becomes_a_reject_of_the_scores(domain: Domain) -> None:
+    table = images(BAD, FOUR[0]).append_column("error", pa.nulls(2, pa.string()))
+    done = Score(domain, Edit(), RESOURCES)(table.append_column("edited", images(FOUR[0], FOUR[0])["image"]))
+    assert done["error"][0].as_py().startswith("not an image")
+    assert done["mae"].to_pylist() == [None, 0.0]
+
+
+def test_the_judge_reads_source_and_edited_where_the_domain_has_one(tiny_domain: TinyDomain, tmp_path: Path) -> None:
+    judge = Judge()
+    save_file(judge.state_dict(), tmp_path / "judge.safetensors")
+    domain = tiny_domain(32, judge=tmp_path / "judge.safetensors")
+    edited = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(edited).save(out, "PNG")
+    table = images(png(0, 32), BAD).append_column("error", pa.array([None, "bad"], pa.string()))
+    done = Score(domain, Edit(), RESOURCES)(table.append_column("edited", images(out.getvalue(), None)["image"]))
+    (read,) = judge.eval().read(codec.to_tensor([edited.transpose(2, 0, 1)]))
+    assert done["factors_after"].to_pylist() == [read, None]
+    assert set(done["factors_before"][0].as_py()) == set(FACTORS)
+    columns = schema.edits_schema(pa.schema([]), tuple(FACTORS), {})
+    assert done.schema.field("factors_after").type == columns.field("factors_after").type
+
+
+def test_the_direction_of_a_mix_is_the_weighted_mean_of_its_parts(domain: Domain, tiny_edit: TinyEdit) -> None:
+    clip = load_clip(domain.clip)
+    one, other = tiny_edit(domain, "smiling", 0.5), tiny_edit(domain, "hat", 0.25)
+    first, second = (clip.text_direction(part.source, part.target) for part in (one, other))
+    mean = 0.5 * first + 0.25 * second
+    got = mix_direction(clip, Edit(parts=(one, other)))
+    assert got is not None
+    torch.testing.assert_close(got, mean / mean.norm())
+    assert mix_direction(clip, Edit()) is None

@@ -12,7 +12,7 @@ setup: .venv/.ready
 	  { echo "Python 3.11, 3.12 or 3.13 is needed; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; rm -rf .venv; exit 2; }
 	@echo "Installing the pinned packages into .venv (once; torch alone is large) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup  ## the main job on the shipped images and weights, two to three minutes on two cores

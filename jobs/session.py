@@ -57,6 +57,7 @@ def _silent(wanted: bool) -> Iterator[None]:
 def _hush() -> None:
     """Ray reads these at import or start; they only concern what it prints and reports home."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # or a local Ray starves beside any other busy program
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -39,7 +39,11 @@ def load_base(folder: Path, precision: str = "float32") -> NoiseUNet:
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"):
         if not (folder / name).is_file():
             raise WeightsError(f"{folder} has no {name}; it must be a diffusers UNet2DModel folder with safetensors weights")
-    unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    try:
+        unet: Any = UNet2DModel.from_config(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{folder}/config.json does not describe a UNet2DModel: {error}") from None
+    load_into(unet, folder / "diffusion_pytorch_model.safetensors")  # diffusers' own loading keeps missing weights random
     return NoiseUNet(unet, precision).requires_grad_(False).eval()
 
 
@@ -53,6 +57,9 @@ def load_edit_model(folder: Path, file: Path, precision: str = "float32") -> Noi
 def load_alpha_bars(folder: Path) -> Tensor:
     """float32 (T,) from ``scheduler_config.json``. Raises WeightsError for a schedule or prediction type it does not know."""
     config = json.loads((folder / "scheduler_config.json").read_text())
-    if config.get("beta_schedule", "linear") != "linear" or config.get("prediction_type", "epsilon") != "epsilon":
-        raise WeightsError(f"{folder}: only linear betas and noise (epsilon) prediction are supported; got {config}")
-    return linear_alpha_bars(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+    wanted = {"beta_schedule": "linear", "prediction_type": "epsilon", "trained_betas": None}
+    other = {name: config[name] for name, value in wanted.items() if config.get(name, value) != value}
+    if other:
+        raise WeightsError(f"{folder}: only linear betas and noise (epsilon) prediction are supported; its scheduler has {other}")
+    defaults = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}  # diffusers' own
+    return linear_alpha_bars(*(config.get(name, value) for name, value in defaults.items()))

@@ -58,7 +58,7 @@ def load_card(file: Path) -> Card:
         return Card(**json.loads(card_file.read_text()))
     except FileNotFoundError:
         raise WeightsError(f"the edit model {file.name} has no card; {card_file} does not exist") from None
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:
         names = ", ".join(f.name for f in fields(Card))
         raise WeightsError(f"{card_file} is not the card of an edit model ({error}); it has {names}") from None
 
@@ -73,5 +73,5 @@ def load_into(model: nn.Module, file: Path) -> None:
     wrong = sorted(own.keys() ^ state.keys()) + sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if wrong:
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise WeightsError(f"{file} does not fit the base model: {shown} missing, left over or of another shape")
+        raise WeightsError(f"{file} does not fit the model: {shown} missing, left over or of another shape")
     model.load_state_dict(state)

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline import schema
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are decoded; others (EPS, PDF ...) may start programs or fetch files."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -111,3 +113,17 @@ def latents_from_arrow(column: pa.ChunkedArray | pa.Array, size: int) -> Tensor:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = array.flatten().to_numpy(zero_copy_only=False)
     return torch.from_numpy(flat.astype(np.float32)).view(len(array), 3, size, size)
+
+
+def decode_column(column: pa.ChunkedArray, size: int, max_pixels: int) -> tuple[list[np.ndarray | None], list[str | None]]:
+    """Pictures (uint8 (3, size, size) or None) and errors (None or the reason), one of the two a row."""
+    pictures: list[np.ndarray | None] = []
+    errors: list[str | None] = []
+    for data in schema.image_bytes(column):
+        try:
+            pictures.append(decode(data, size, max_pixels))
+            errors.append(None)
+        except ImageError as error:
+            pictures.append(None)
+            errors.append(str(error))
+    return pictures, errors

@@ -103,7 +103,8 @@ class Edit:
     def weights(self) -> list[float]:
         """Of the base model and of each part: base + degree * sum of weight * (part - base); they sum to 1."""
         parts = [self.degree * part.weight for part in self.parts]
-        return [1 - sum(parts), *parts]
+        base = 1 - sum(parts)
+        return [0.0 if abs(base) < 1e-9 else base, *parts]  # a base that is there by rounding only would cost model calls
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-import torch
 from fsspec.core import url_to_fs
 
 from models.domains import Domain
@@ -20,9 +19,11 @@ from models.pixelface.avatars import FACTORS
 from models.weights import WeightsError, fingerprint, load_card
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Run, Source, versions
-from pipeline.sources import Block, Input, check_ids, find, plan_blocks, read_block
-from pipeline.stages import Apply, Invert, Score, Stage
+from pipeline.sources import Block, Input, absolute, check_ids, find, plan_blocks, read_block
 from pipeline.summary import RECORD
+
+if TYPE_CHECKING:
+    from pipeline.stages import Stage
 
 ROW_GROUP = 100
 """Rows of a row group: what the Hub viewer allows for images."""
@@ -80,6 +81,7 @@ class Report:
 
 def make_plan(run: Run) -> Plan:
     """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
+    run = replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output))
     problems = run.problems()
     try:
         found = find(run.source)
@@ -181,6 +183,10 @@ class Worker:
     """One actor of a run: blocks of rows in, a Parquet file for each output and a receipt out."""
 
     def __init__(self, run: Run, outputs: tuple[Output, ...], has_latents: bool):
+        import torch  # the driver, which only hands this class on, never needs the networks
+
+        from pipeline.stages import Invert
+
         torch.set_num_threads(max(1, round(run.resources.cpus)))
         self.invert = None if has_latents else Invert(run.domain, run.recipe, run.resources)
         self.chains = [(output, edit_stages(run, output.edit)) for output in outputs]
@@ -205,10 +211,13 @@ class Worker:
         return len(table), errors
 
 
-def edit_stages(run: Run, edit: Edit | None) -> list[Stage]:
+def edit_stages(run: Run, edit: Edit | None) -> "list[Stage]":
     """What turns latents into one edit's rows; nothing for the latents themselves."""
     if edit is None:
         return []
+    from pipeline.scoring import Score
+    from pipeline.stages import Apply
+
     return [Apply(run.domain, run.recipe, edit, run.resources), Score(run.domain, edit, run.resources)]
 
 
@@ -234,18 +243,17 @@ def write_file(folder: str, name: str, table: pa.Table) -> None:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def block_dataset(found: Input, blocks: list[Block]) -> ray.data.Dataset:
-    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by CPU tasks.
+def block_dataset(found: Input, blocks: list[Block], cpus: float = 0.5) -> ray.data.Dataset:
+    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by tasks of ``cpus`` each.
 
-    Half a CPU, because Ray would fuse tasks that need what an actor needs into the actor: reading would wait for the model,
-    and all blocks would become one task.
+    Ray fuses tasks that need exactly what the following actors need into these actors; others read ahead of them.
     """
 
     def read(batch: pa.Table) -> pa.Table:
         return read_block(found, blocks[batch["block"][0].as_py()])
 
     numbers = ray.data.from_arrow([pa.table({"block": [i]}) for i in range(len(blocks))])
-    return numbers.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
+    return numbers.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
 
 
 def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: None) -> Report:
@@ -254,11 +262,14 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
     report = Report(rows=plan.found.rows)
     for output in plan.outputs:
         _clear(output.folder)
-    receipts = block_dataset(plan.found, plan.blocks).map_batches(
+    on_gpu = run.resources.gpus > 0
+    # Beside GPUs, tasks of their own read ahead. Without, reading costs next to nothing and is fused into the actors.
+    rows = block_dataset(plan.found, plan.blocks, 0.5 if on_gpu else run.resources.cpus)
+    receipts = rows.map_batches(
         Worker,
         fn_constructor_args=(run, plan.outputs, plan.found.has_latents),
         compute=_pool(min(run.resources.workers, len(plan.blocks))),
-        batch_size=max(block.rows for block in plan.blocks),
+        batch_size=max(block.rows for block in plan.blocks) if on_gpu else None,
         batch_format="pyarrow",
         num_cpus=run.resources.cpus,
         num_gpus=run.resources.gpus or None,

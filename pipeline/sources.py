@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
@@ -150,6 +152,16 @@ def _image_problems(source: Source, columns: pa.Schema) -> list[str]:
     if not schema.is_image_column(kind):
         return [f"column {source.image_column!r} of {source.path} must be binary or struct{{bytes, path}}; it is {kind}"]
     return []
+
+
+def absolute(address: str) -> str:
+    """The same address from every working directory: workers have another than the driver."""
+    return address if "://" in address or not address else str(Path(address).absolute())
+
+
+def only_usable(table: pa.Table) -> pa.Table:
+    """The latents of a latents table, without rejects and without the user's columns."""
+    return table.filter(pc.is_null(table["error"])).select(["id", "image", "latent"])
 
 
 def plan_blocks(found: Input, block_rows: int) -> list[Block]:

@@ -11,10 +11,8 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.train
 import torch
@@ -24,16 +22,17 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.clip import load_clip
+from models.attributes import ATTRIBUTES
 from models.domains import Domain
-from models.finetune import Objective, finetune, make_optimizer
-from models.unet import NoiseUNet, load_alpha_bars, load_base
 from models.weights import Card, fingerprint, save_edit_model
 from pipeline import codec
 from pipeline.config import ConfigError, Source, TuneRun, versions
 from pipeline.dataset import block_dataset, latent_mismatch
-from pipeline.sources import Input, find, plan_blocks
-from pipeline.stages import decode_column
+from pipeline.sources import Input, absolute, find, only_usable, plan_blocks
+
+if TYPE_CHECKING:
+    from models.finetune import Objective
+    from models.unet import NoiseUNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,7 @@ class Tuned:
 
 def make_tune_plan(run: TuneRun) -> TunePlan:
     """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
+    run = replace(run, latents=absolute(run.latents), output=run.output.absolute())
     problems = run.problems()
     try:
         found = find(Source(path=run.latents))
@@ -81,8 +81,11 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
 
 def word_problems(domain: Domain, *texts: str) -> list[str]:
     """Sentences about texts that the domain's CLIP cannot understand; empty for a real CLIP."""
-    if not domain.known_words_only:
+    listed = {text for a in ATTRIBUTES.values() if a.domain == domain.name for text in (a.source, a.target)}
+    if not domain.known_words_only or listed.issuperset(texts):
         return []
+    from models.clip import load_clip
+
     unknown = sorted({word for text in texts for word in load_clip(domain.clip).unknown_words(text)})
     if not unknown:
         return []
@@ -97,7 +100,9 @@ def load_latents(limit: int, size: int) -> tuple[Tensor, Tensor]:
     latents, pictures = [], []
     for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow"):
         latents.append(codec.latents_from_arrow(batch["latent"], size))
-        decoded, _ = decode_column(batch["image"], size, codec.MAX_PIXELS)
+        decoded, errors = codec.decode_column(batch["image"], size, max_pixels=2**62)  # what was inverted was decoded before
+        if any(errors):
+            raise ValueError(f"the source of a latent cannot be decoded any more: {next(filter(None, errors))}; invert again")
         pictures.append(codec.to_tensor([picture for picture in decoded if picture is not None]))
     if not latents:
         raise ConfigError("there is not one usable latent to train on")
@@ -115,6 +120,9 @@ def average_gradients(model: nn.Module) -> None:
 
 def train_loop(config: dict[str, Any]) -> None:
     """One worker of one attribute: trains, reports each epoch with a checkpoint, goes on from the last checkpoint."""
+    from models.finetune import finetune, make_optimizer  # only workers need the networks, and they take seconds to import
+    from models.unet import load_base
+
     run, journal = config["run"], config["journal"]
     context = ray.train.get_context()
     workers, rank = context.get_world_size(), context.get_world_rank()
@@ -148,8 +156,12 @@ def train_loop(config: dict[str, Any]) -> None:
             sums = {}
 
 
-def make_objective(run: TuneRun, device: str) -> Objective:
+def make_objective(run: TuneRun, device: str) -> "Objective":
     """The text direction and the walk of an attribute's training; the ladder is of the editing family, but shorter."""
+    from models.clip import load_clip
+    from models.finetune import Objective
+    from models.unet import load_alpha_bars
+
     clip, alpha_bars = load_clip(run.domain.clip).to(device), load_alpha_bars(run.domain.weights)
     return Objective(
         clip=clip,
@@ -161,7 +173,7 @@ def make_objective(run: TuneRun, device: str) -> Objective:
     )
 
 
-def _restore(model: NoiseUNet, optimizer: torch.optim.Optimizer, device: str) -> int:
+def _restore(model: "NoiseUNet", optimizer: torch.optim.Optimizer, device: str) -> int:
     """Loads the last checkpoint, if there is one, and returns the epoch to go on with."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -172,7 +184,7 @@ def _restore(model: NoiseUNet, optimizer: torch.optim.Optimizer, device: str) ->
         return int(json.loads(Path(folder, "state.json").read_text())["epoch"])
 
 
-def _report(model: NoiseUNet, optimizer: torch.optim.Optimizer, metrics: dict[str, float], rank: int) -> None:
+def _report(model: "NoiseUNet", optimizer: torch.optim.Optimizer, metrics: dict[str, float], rank: int) -> None:
     if rank != 0:
         ray.train.report(metrics)
         return
@@ -226,11 +238,6 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     with suppress(OSError):  # other attributes may still have theirs
         storage.rmdir()
     return Tuned(attribute=run.attribute, file=file, seconds=time.monotonic() - started, losses=metrics)
-
-
-def only_usable(table: pa.Table) -> pa.Table:
-    """Without rejects, and without the user's columns."""
-    return table.filter(pc.is_null(table["error"])).select(["id", "image", "latent"])
 
 
 def make_card(run: TuneRun, metrics: dict[str, float]) -> Card:

@@ -94,8 +94,26 @@ def test_training_changes_the_copy_and_neither_base_nor_clip_nor_data(
     assert torch.equal(x0, X0)
 
 
-def test_every_step_is_told_and_every_image_is_seen_in_every_epoch(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
-    told = run(fresh(), objective)
+class Watched(nn.Module):
+    """A network that remembers which latents it was asked to walk down."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if int(t[0]) == PATH[0]:
+            self.seen += [int((x[i] == LATENTS).flatten(1).all(1).nonzero()) for i in range(len(x))]
+        return self.model(x, t)
+
+
+def test_every_image_is_seen_once_in_every_epoch_in_another_order(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    model = Watched(fresh())
+    told = run(model, objective)
+    epochs = [model.seen[i : i + 5] for i in (0, 5, 10)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
     assert [(r["epoch"], r["step"]) for r in told] == [(e, 3 * e + i) for e in range(3) for i in (1, 2, 3)]
     assert all(set(r) == {"epoch", "step", "loss", "clip", "l1", "similarity"} for r in told)
 

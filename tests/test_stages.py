@@ -22,8 +22,10 @@ from models.pixelface.judge import Judge
 from models.recipe import Recipe
 from models.unet import load_alpha_bars, load_base, load_edit_model
 from pipeline import codec, schema
+from pipeline.codec import decode_column
 from pipeline.config import Edit, Resources
-from pipeline.stages import Apply, Invert, Score, decode_column, mix_direction, padded_batches
+from pipeline.scoring import Score, mix_direction
+from pipeline.stages import Apply, Invert, padded_batches
 
 RESOURCES = Resources(batch=4)
 BAD = b"no picture at all"

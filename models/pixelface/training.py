@@ -65,7 +65,7 @@ def train_diffusion(
     batch: int = 64,
     seed: int = 0,
 ) -> Iterator[float]:
-    """Noise prediction loss of Ho et al. 2020 (eq. 14). Two thirds of the timesteps are drawn below 500, where edits walk."""
+    """Noise prediction loss of Ho et al. 2020 (eq. 14). Three quarters of the timesteps are drawn below 500, where edits walk."""
     rate = optimizer.param_groups[0]["initial_lr"]
     for step, rows in zip(range(start, steps), batch_indices(len(images), batch, seed, start), strict=False):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -108,7 +108,7 @@ def captions_for_pairs(
 ) -> tuple[list[str], np.ndarray]:
     """Captions of both pictures of each pair, and which factors each mentions (bool, (2P, 9)).
 
-    Both captions of a pair mention the same factors, the differing one among them, in the same words and template.
+    Both captions of a pair mention the same factors, the differing one among them, in the same template and alike in words.
     """
     texts: tuple[list[str], list[str]] = ([], [])
     mentions = np.zeros((len(a), len(_NAMES)), bool)

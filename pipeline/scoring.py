@@ -1,0 +1,62 @@
+"""Scores of each row's edit. Apart from the other stages, because CLIP and the metrics take seconds to import."""
+
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from models.clip import Clip, load_clip
+from models.domains import Domain
+from models.metrics import directional_score, mean_absolute_error, structural_similarity
+from models.pixelface.judge import load_judge
+from pipeline import codec, schema
+from pipeline.config import Edit, Resources
+
+
+class Score:
+    """source and edited -> scores a row: error, similarity, directional CLIP, and the judge's reading where there is one."""
+
+    def __init__(self, domain: Domain, edit: Edit, resources: Resources):
+        self.domain, self.resources = domain, resources
+        self.clip = load_clip(domain.clip).to(resources.device)
+        self.direction = mix_direction(self.clip, edit)
+        self.judge = load_judge(domain.judge) if domain.judge else None
+        self.factors = tuple(self.judge.heads) if self.judge else ()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        size, errors = self.domain.image_size, table["error"].to_pylist()
+        sources, problems = codec.decode_column(table["image"], size, self.resources.max_pixels)
+        errors = [error or problem for error, problem in zip(errors, problems, strict=True)]
+        good = [row for row, error in enumerate(errors) if error is None]
+        edited, _ = codec.decode_column(table["edited"], size, codec.MAX_PIXELS)
+        rows: list[dict[str, Any]] = [{} for _ in errors]
+        for start in range(0, len(good), self.resources.batch):
+            part = good[start : start + self.resources.batch]
+            scores = self._scores(*(codec.to_tensor([p for row in part if (p := column[row]) is not None]) for column in (sources, edited)))
+            for row, values in zip(part, scores, strict=True):
+                rows[row] = values
+        for column in schema.scores_schema(self.factors):
+            table = table.append_column(column, pa.array([row.get(column.name) for row in rows], column.type))
+        return table.drop_columns(["error"]).append_column("error", pa.array(errors, pa.string()))
+
+    def _scores(self, source: Tensor, edited: Tensor) -> list[dict[str, Any]]:
+        device = self.resources.device
+        columns: dict[str, list[Any]] = {
+            "mae": mean_absolute_error(source, edited).tolist(),
+            "ssim": structural_similarity(source, edited).tolist(),
+        }
+        if self.direction is not None:
+            similarity = directional_score(self.clip, source.to(device), edited.to(device), self.direction)
+            columns["clip_direction"] = similarity.tolist()
+        if self.judge is not None:
+            columns |= {"factors_before": self.judge.read(source), "factors_after": self.judge.read(edited)}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def mix_direction(clip: Clip, edit: Edit) -> Tensor | None:
+    """(D,) of length 1: the weighted mean of the parts' text directions; None for a reconstruction."""
+    if not edit.parts:
+        return None
+    directions = [part.weight * clip.text_direction(part.source, part.target) for part in edit.parts]
+    return torch.nn.functional.normalize(torch.stack(directions).sum(0), dim=0)

@@ -13,20 +13,20 @@ from jobs import options as o
 LIVE = "smiling"
 """The attribute that the demo fine-tunes before your eyes; the others come ready-made."""
 LIVE_IMAGES = 32
-LIVE_TUNING = {"images": LIVE_IMAGES, "epochs": 5}
+LIVE_TUNING = {"images": LIVE_IMAGES, "epochs": 4}
 """Less than the ready-made edit models had, to be done within a minute."""
 Folder = Annotated[Path, typer.Option("--out", help="Where everything goes; an earlier demo there is replaced.")]
 Rows = Annotated[int, typer.Option(help="Held-out images to edit.", min=1, max=1000)]
 
 
-def demo(out: Folder = Path("out/demo"), rows: Rows = 24, verbose: o.Verbose = False) -> None:
+def demo(out: Folder = Path("out/demo"), rows: Rows = 16, verbose: o.Verbose = False) -> None:
     """Show the whole chain in a few minutes on two cores: invert, fine-tune, edit, score, page.
 
     Works on the embedded domain `pixelface`; downloads nothing.
 
     [bold]Example[/bold]
 
-    diffusionclip demo --out out/demo --rows 24
+    diffusionclip demo --out out/demo --rows 16
     """
     from jobs.progress import console
     from jobs.session import ray_session
@@ -84,7 +84,7 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
     from pipeline.training import make_tune_plan
 
     domain = DOMAINS["pixelface"]
-    resources = Resources(workers=1, cpus=2.0, batch=13, block_rows=13)
+    resources = Resources(workers=1, cpus=2.0, batch=9, block_rows=9)
     shared: dict[str, Any] = {"domain": domain, "recipe": domain.recipe, "resources": resources}
     with timed(seconds, "invert"):
         latents = Run(
@@ -100,7 +100,7 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
         train([make_tune_plan(tune_run(str(out / "latents"), out / "models", domain.name, text, LIVE_TUNING, machines))], parallel=1)
     with timed(seconds, "edit and score"):
         models = [out / "models"]
-        edits = make_edits(domain, ["none", LIVE, "glasses", "red_hair"], ["glasses,red_hair"], [1.0], models)
+        edits = make_edits(domain, ["none", LIVE, "glasses", "red_hair"], ["glasses=1,smiling=1"], [1.0], models)
         sweep = make_edits(domain, ["glasses"], [], [0.5, 1.5], models)
         run = Run(source=Source(path=str(pictures)), output=str(out / "edits"), edits=edits + sweep, command="diffusionclip demo", **shared)
         run_plan(make_plan(run), "edit")

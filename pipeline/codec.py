@@ -10,11 +10,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline import schema
+from pipeline.schema import MAX_PIXELS
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are decoded; others (EPS, PDF ...) may start programs or fetch files."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 64_000_000
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels."""
 

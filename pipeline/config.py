@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from models.domains import Domain
-from models.recipe import Recipe, Tuning
-from pipeline.codec import MAX_PIXELS
+from pipeline.schema import MAX_PIXELS
+
+if TYPE_CHECKING:  # so that processes that only read rows need not import torch
+    from models.domains import Domain
+    from models.recipe import Recipe, Tuning
 
 
 class ConfigError(ValueError):
@@ -113,8 +116,8 @@ class Run:
 
     source: Source
     output: str
-    domain: Domain
-    recipe: Recipe
+    domain: "Domain"
+    recipe: "Recipe"
     edits: tuple[Edit, ...] = ()
     resources: Resources = field(default_factory=Resources)
     max_reject_rate: float = 0.1
@@ -147,12 +150,12 @@ class TuneRun:
 
     latents: str
     output: Path
-    domain: Domain
+    domain: "Domain"
     attribute: str
     source_text: str
     target_text: str
-    recipe: Recipe
-    tuning: Tuning
+    recipe: "Recipe"
+    tuning: "Tuning"
     workers: int = 1
     gpus: float = 0.0
     cpus: float = 1.0

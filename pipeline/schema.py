@@ -7,6 +7,10 @@ from typing import Any
 import pyarrow as pa
 
 VERSION = 1
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Names of picture files end like this."""
+MAX_PIXELS = 64_000_000
+"""Larger pictures are not decoded unless it is asked for."""
 ROW, BLOCK = "__row__", "__block__"
 """Position in the whole input of a row and of the first row of its block; they name output files and are never written."""
 

@@ -29,7 +29,7 @@ class Score:
         sources, problems = codec.decode_column(table["image"], size, self.resources.max_pixels)
         errors = [error or problem for error, problem in zip(errors, problems, strict=True)]
         good = [row for row, error in enumerate(errors) if error is None]
-        edited, _ = codec.decode_column(table["edited"], size, codec.MAX_PIXELS)
+        edited, _ = codec.decode_column(table["edited"], size, schema.MAX_PIXELS)
         rows: list[dict[str, Any]] = [{} for _ in errors]
         for start in range(0, len(good), self.resources.batch):
             part = good[start : start + self.resources.batch]

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from pipeline import schema
-from pipeline.codec import SUFFIXES
 from pipeline.config import ConfigError, Source
+from pipeline.schema import SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)

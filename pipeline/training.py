@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -95,10 +96,10 @@ def word_problems(domain: Domain, *texts: str) -> list[str]:
 # ---- on the worker ---------------------------------------------------------------------------------------------------
 
 
-def load_latents(limit: int, size: int) -> tuple[Tensor, Tensor]:
-    """Latents and source images, float32 (N, 3, size, size) each, of this worker's shard; at most ``limit``."""
+def load_latents(shard: ray.data.DataIterator, limit: int, size: int) -> tuple[Tensor, Tensor]:
+    """Latents and source images, float32 (N, 3, size, size) each, of a worker's shard; at most ``limit``."""
     latents, pictures = [], []
-    for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow"):
+    for batch in shard.iter_batches(batch_size=64, batch_format="pyarrow"):
         latents.append(codec.latents_from_arrow(batch["latent"], size))
         decoded, errors = codec.decode_column(batch["image"], size, max_pixels=2**62)  # what was inverted was decoded before
         if any(errors):
@@ -120,19 +121,22 @@ def average_gradients(model: nn.Module) -> None:
 
 def train_loop(config: dict[str, Any]) -> None:
     """One worker of one attribute: trains, reports each epoch with a checkpoint, goes on from the last checkpoint."""
-    from models.finetune import finetune, make_optimizer  # only workers need the networks, and they take seconds to import
-    from models.unet import load_base
-
     run, journal = config["run"], config["journal"]
     context = ray.train.get_context()
     workers, rank = context.get_world_size(), context.get_world_rank()
+    shard = ray.train.get_dataset_shard("train")
+    loading = ThreadPoolExecutor(1).submit(load_latents, shard, -(-run.tuning.images // workers), run.domain.image_size)
+
+    from models.finetune import finetune, make_optimizer  # only workers need the networks; importing them takes as long as reading
+    from models.unet import load_base
+
     torch.set_num_threads(max(1, round(run.cpus)))
     torch.manual_seed(run.tuning.seed)
     device = "cuda" if run.gpus > 0 else "cpu"
-    latents, x0 = load_latents(-(-run.tuning.images // workers), run.domain.image_size)
     model = deepcopy(load_base(run.domain.weights, run.recipe.precision)).requires_grad_(True).to(device)
     optimizer = make_optimizer(model, run.tuning)
     objective = make_objective(run, device)
+    latents, x0 = loading.result()
     epoch = _restore(model, optimizer, device)
     sums: dict[str, float] = {}
     steps = finetune(

@@ -58,7 +58,7 @@ def apply(domain: Domain, edit: Edit, table: pa.Table, recipe: Recipe | None = N
 
 
 def pixels(table: pa.Table, column: str = "edited") -> list[np.ndarray | None]:
-    return decode_column(table[column], 16, codec.MAX_PIXELS)[0]
+    return decode_column(table[column], 16, schema.MAX_PIXELS)[0]
 
 
 def equal(a: Sequence[np.ndarray | None], b: Sequence[np.ndarray | None]) -> bool:

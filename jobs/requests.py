@@ -92,6 +92,7 @@ def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees:
             except ConfigError as error:
                 problems += error.problems
         edits += [Edit(parts=tuple(parts), degree=degree) for degree in (degrees if parts else [1.0])]
+    problems += [f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {d}" for d in degrees if not -5 <= d <= 5]
     if not attributes and not mixes:
         problems.append(f"say what to edit with --attribute or --mix; usable are {', '.join(sorted(usable)) or 'no edit models yet'}")
     if problems:

@@ -187,12 +187,13 @@ def test_a_dataset_of_a_run_that_has_not_finished_is_said_to_be_one(tmp_path: Pa
     assert "the run has not finished" in page.text["made"]
 
 
-def test_an_empty_dataset_still_gives_a_page(tmp_path: Path) -> None:
+def test_a_dataset_without_rows_is_refused_with_one_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     columns = schema.edits_schema(pa.schema([]), (), {"domain": "pixelface", "edit": [], "degree": 1.0})
     dataset.write_file(str(folder), "part-000000000000.parquet", columns.empty_table())
-    assert "0 of 0 rows" in page_of([folder], tmp_path / "page.html").text["pictures"]
+    with pytest.raises(ConfigError, match="has no rows"):
+        make_page([str(folder)], tmp_path / "page.html")
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

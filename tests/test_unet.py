@@ -98,7 +98,7 @@ def test_an_edit_model_is_another_network_and_leaves_the_base_alone(tiny_domain:
 
 
 def test_an_edit_model_of_another_domain_is_refused(tiny_domain: TinyDomain, save_foreign: Callable[[], Path]) -> None:
-    with pytest.raises(WeightsError, match="does not fit the base model"):
+    with pytest.raises(WeightsError, match="does not fit the model"):
         load_edit_model(tiny_domain().weights, save_foreign())
 
 

@@ -57,7 +57,7 @@ def test_saving_again_replaces_weights_and_card(saved: Path) -> None:
 
 
 def test_weights_of_another_network_are_refused_with_the_keys_that_differ(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"smiling\.safetensors does not fit the base model: 3\.weight missing, left over"):
+    with pytest.raises(WeightsError, match=r"smiling\.safetensors does not fit the model: 3\.weight missing, left over"):
         load_into(nn.Sequential(*network(), nn.PReLU()), saved)
     save_file({**network().state_dict(), "extra": torch.zeros(1)}, tmp_path / "more.safetensors")
     with pytest.raises(WeightsError, match="extra missing, left over or of another shape"):

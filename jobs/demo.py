@@ -13,20 +13,20 @@ from jobs import options as o
 LIVE = "smiling"
 """The attribute that the demo fine-tunes before your eyes; the others come ready-made."""
 LIVE_IMAGES = 32
-LIVE_TUNING = {"images": LIVE_IMAGES, "epochs": 4}
+LIVE_TUNING = {"images": LIVE_IMAGES, "epochs": 5}
 """Less than the ready-made edit models had, to be done within a minute."""
 Folder = Annotated[Path, typer.Option("--out", help="Where everything goes; an earlier demo there is replaced.")]
 Rows = Annotated[int, typer.Option(help="Held-out images to edit.", min=1, max=1000)]
 
 
-def demo(out: Folder = Path("out/demo"), rows: Rows = 16, verbose: o.Verbose = False) -> None:
+def demo(out: Folder = Path("out/demo"), rows: Rows = 24, verbose: o.Verbose = False) -> None:
     """Show the whole chain in a few minutes on two cores: invert, fine-tune, edit, score, page.
 
     Works on the embedded domain `pixelface`; downloads nothing.
 
     [bold]Example[/bold]
 
-    diffusionclip demo --out out/demo --rows 16
+    diffusionclip demo --out out/demo --rows 24
     """
     from jobs.progress import console
     from jobs.session import ray_session
@@ -84,8 +84,8 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
     from pipeline.training import make_tune_plan
 
     domain = DOMAINS["pixelface"]
-    resources = Resources(workers=1, cpus=2.0, batch=9, block_rows=9)
-    shared: dict[str, Any] = {"domain": domain, "recipe": domain.recipe, "resources": resources}
+    resources = Resources(workers=1, cpus=2.0, batch=13, block_rows=13)
+    shared: dict[str, Any] = {"max_reject_rate": 1.0, "domain": domain, "recipe": domain.recipe, "resources": resources}
     with timed(seconds, "invert"):
         latents = Run(
             source=Source(path=str(domain.tuning_images), limit=LIVE_IMAGES),

@@ -1,5 +1,7 @@
 """``diffusionclip domains`` and ``diffusionclip attributes``: what there is."""
 
+from pathlib import Path
+
 from rich.table import Table
 
 from jobs import options as o
@@ -12,7 +14,7 @@ def domains() -> None:
 
     table = Table("domain", "size", "return step", "steps up/down", "ready-made edits", "about", "licence")
     for d in DOMAINS.values():
-        edits = sorted(f.stem for f in d.edits.glob("*.safetensors"))
+        edits = sorted(f.stem for f in Path(d.edits).glob("*.safetensors")) if d.edits else []
         recipe = d.recipe
         steps = f"{recipe.steps_up}/{recipe.steps_down} {recipe.solver}"
         table.add_row(d.name, f"{d.image_size}x{d.image_size}", str(recipe.return_step), steps, ", ".join(edits), d.about, d.licence)
@@ -27,6 +29,6 @@ def attributes(domain: o.DomainName = "pixelface") -> None:
     chosen = domain_named(domain)
     table = Table("attribute", "source text", "target text", "ready-made")
     for a in attributes_of(domain).values():
-        ready = (chosen.edits / f"{a.name}.safetensors").is_file()
+        ready = chosen.edits is not None and Path(chosen.edits, f"{a.name}.safetensors").is_file()
         table.add_row(a.name, a.source, a.target, "yes" if ready else "no: diffusionclip finetune")
     console.print(table)

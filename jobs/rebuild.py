@@ -188,7 +188,7 @@ def diffusion(build: Build = BUILD, steps: int = 3000) -> None:
 
     unet.load_state_dict(run("diffusion", unet, steps, 8e-4, build, make))
     unet.half().save_pretrained(DOMAIN.weights)
-    (DOMAIN.weights / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    (Path(DOMAIN.weights) / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
 
 
 @app.command()
@@ -205,9 +205,10 @@ def clip(build: Build = BUILD, steps: int = 3000, small_steps: int = 2500) -> No
 
     model.load_state_dict(run("clip", model, steps, 1e-3, build, phase((), steps, 0)))
     weights = run("clip-small", model, small_steps, 6e-4, build, phase(SMALL, small_steps, 1))
-    DOMAIN.clip.mkdir(parents=True, exist_ok=True)
-    save_file(half(zero_unseen_words(weights, tokenizer)), DOMAIN.clip / "open_clip_model.safetensors")
-    (DOMAIN.clip / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=2) + "\n")
+    folder = Path(DOMAIN.clip)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(half(zero_unseen_words(weights, tokenizer)), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=2) + "\n")
 
 
 def zero_unseen_words(weights: dict[str, torch.Tensor], tokenizer: SimpleTokenizer) -> dict[str, torch.Tensor]:

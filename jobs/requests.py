@@ -39,7 +39,7 @@ def recipe_for(source: Source, domain: Domain, given: dict[str, Any]) -> Recipe:
 def edit_models(domain: Domain, folders: list[Path]) -> dict[str, Path]:
     """Name -> weights of every edit model that can be used; earlier folders come first, the ready-made ones last."""
     found: dict[str, Path] = {}
-    for folder in [*folders, domain.edits]:
+    for folder in [*folders, *([Path(domain.edits)] if domain.edits else [])]:
         for file in sorted(folder.glob("*.safetensors")):
             found.setdefault(file.stem, file)
     return found
@@ -55,7 +55,7 @@ def part_named(name: str, weight: float, domain: Domain, usable: dict[str, Path]
         card = load_card(usable[name])
     except WeightsError as error:
         raise ConfigError(str(error)) from None
-    return Part(name=name, file=usable[name], weight=weight, source=card.source, target=card.target)
+    return Part(name=name, file=str(usable[name]), weight=weight, source=card.source, target=card.target)
 
 
 def parse_mix(text: str) -> list[tuple[str, float]]:

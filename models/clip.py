@@ -56,7 +56,7 @@ class Clip(nn.Module):
 
 
 @lru_cache(maxsize=4)
-def load_clip(folder: Path) -> Clip:
+def load_clip(folder: str | Path) -> Clip:
     """From a folder with ``open_clip_config.json`` and safetensors weights, by open_clip's own local loading."""
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     return Clip(model, open_clip.get_tokenizer(f"local-dir:{folder}"))

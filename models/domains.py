@@ -10,17 +10,19 @@ _PIXELFACE = Path(__file__).parent / "pixelface" / "weights"
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """One base model. ``weights`` is a folder in the layout of a diffusers DDPM repository (``config.json``,
-    ``diffusion_pytorch_model.safetensors``, ``scheduler_config.json``); ``clip`` is a folder for open_clip's local loading."""
+    """One base model. References (``weights``, ``clip``, ``edits``) are those of ``models.weights``: a local path, a
+    Hugging Face name, or an ``s3://`` or ``https://`` address."""
 
     name: str
     noun: str
     """What its images are called in texts: the source text of an attribute unless it says otherwise."""
     image_size: int
-    weights: Path
-    clip: Path
-    edits: Path
-    """Where its ready-made edit models live."""
+    weights: str
+    """Reference of a diffusers folder (``config.json``, ``diffusion_pytorch_model.safetensors``, ``scheduler_config.json``)."""
+    clip: str
+    """``MODEL/PRETRAINED`` of open_clip, or the reference of a folder with ``open_clip_config.json``."""
+    edits: str | None = None
+    """Reference of a folder with ready-made edit models."""
     about: str
     licence: str
     recipe: Recipe = field(default_factory=Recipe)
@@ -40,9 +42,9 @@ DOMAINS: dict[str, Domain] = {
         name="pixelface",
         noun="face",
         image_size=32,
-        weights=_PIXELFACE / "diffusion",
-        clip=_PIXELFACE / "clip",
-        edits=_PIXELFACE / "edits",
+        weights=str(_PIXELFACE / "diffusion"),
+        clip=str(_PIXELFACE / "clip"),
+        edits=str(_PIXELFACE / "edits"),
         about="32x32 pixel-art faces with known factors; small enough for two cores, shipped with the project",
         licence="drawings CC0 1.0 (DiceBear pixel-art), weights Apache-2.0",
         known_words_only=True,

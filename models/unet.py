@@ -33,9 +33,10 @@ class NoiseUNet(nn.Module):
 
 
 @lru_cache(maxsize=2)
-def load_base(folder: Path, precision: str = "float32") -> NoiseUNet:
+def load_base(folder: str | Path, precision: str = "float32", class_label: int | None = None) -> NoiseUNet:
     """The base model of a diffusers folder, frozen, in evaluation mode; one object however often it is asked for, so
     copy it before you change it. Raises WeightsError if the folder does not fit."""
+    folder = Path(folder)
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"):
         if not (folder / name).is_file():
             raise WeightsError(f"{folder} has no {name}; it must be a diffusers UNet2DModel folder with safetensors weights")
@@ -47,15 +48,16 @@ def load_base(folder: Path, precision: str = "float32") -> NoiseUNet:
     return NoiseUNet(unet, precision).requires_grad_(False).eval()
 
 
-def load_edit_model(folder: Path, file: Path, precision: str = "float32") -> NoiseUNet:
+def load_edit_model(folder: str | Path, file: str | Path, precision: str = "float32", class_label: int | None = None) -> NoiseUNet:
     """A copy of the base model with an edit model's weights. Raises WeightsError if they do not fit."""
     model = deepcopy(load_base(folder, precision))
-    load_into(model.unet, file)
+    load_into(model.unet, Path(file))
     return model
 
 
-def load_alpha_bars(folder: Path) -> Tensor:
+def load_alpha_bars(folder: str | Path) -> Tensor:
     """float32 (T,) from ``scheduler_config.json``. Raises WeightsError for a schedule or prediction type it does not know."""
+    folder = Path(folder)
     config = json.loads((folder / "scheduler_config.json").read_text())
     wanted = {"beta_schedule": "linear", "prediction_type": "epsilon", "trained_betas": None}
     other = {name: config[name] for name, value in wanted.items() if config.get(name, value) != value}

@@ -16,8 +16,9 @@ class WeightsError(ValueError):
     """Weights that are missing, damaged or of another domain; the message says which and what to do."""
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: str | Path) -> str:
     """First 16 hex digits of the SHA-256 of a weights file, or of the weights file of a diffusers folder."""
+    path = Path(path)
     file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise WeightsError(f"{file} does not exist")
@@ -38,6 +39,10 @@ class Card:
     tuning: dict[str, Any]
     images: int
     steps: int
+    rank: int | None = None
+    """Of the low-rank weights; None if the file holds the whole network."""
+    clips: list[str] = field(default_factory=list)
+    """References of the CLIPs whose directional losses trained it."""
     losses: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -51,8 +56,9 @@ def save_edit_model(folder: Path, state: dict[str, Tensor], card: Card) -> Path:
     return file
 
 
-def load_card(file: Path) -> Card:
+def load_card(file: str | Path) -> Card:
     """The card beside an edit model's weights. Raises WeightsError if it is missing or not a card."""
+    file = Path(file)
     card_file = file.with_suffix(".json")
     try:
         return Card(**json.loads(card_file.read_text()))

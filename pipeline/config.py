@@ -78,7 +78,8 @@ class Part:
     """One edit model of an edit: its weights, how much of it, and the words it was tuned for."""
 
     name: str
-    file: Path
+    file: str
+    """Reference of its weights, resolved on each worker."""
     weight: float
     source: str
     target: str

@@ -31,9 +31,9 @@ def tiny_domain(tmp_path_factory: pytest.TempPathFactory) -> TinyDomain:
             name="tiny",
             noun="picture",
             image_size=size,
-            weights=save_diffusion(folder / "diffusion", size),
-            clip=save_clip(folder / "clip"),
-            edits=folder / "edits",
+            weights=str(save_diffusion(folder / "diffusion", size)),
+            clip=str(save_clip(folder / "clip")),
+            edits=str(folder / "edits"),
             about="random weights",
             licence="none",
             recipe=Recipe(return_step=300, steps_up=5, steps_down=4),
@@ -64,7 +64,8 @@ def tiny_edit() -> TinyEdit:
             images=1,
             steps=1,
         )
-        return Part(name=name, file=save_edit_model(domain.edits, state, card), weight=weight, source=card.source, target=card.target)
+        file = save_edit_model(Path(domain.edits or ""), state, card)
+        return Part(name=name, file=str(file), weight=weight, source=card.source, target=card.target)
 
     return made
 

@@ -12,7 +12,7 @@ from pipeline.config import ConfigError, Edit, Part, Resources, Run, Source, Tun
 
 
 def part(name: str, weight: float = 1.0) -> Part:
-    return Part(name=name, file=Path(f"{name}.safetensors"), weight=weight, source="face", target=f"{name} face")
+    return Part(name=name, file=f"{name}.safetensors", weight=weight, source="face", target=f"{name} face")
 
 
 RUN = Run(source=Source(path="in"), output="out", domain=DOMAINS["pixelface"], recipe=Recipe())

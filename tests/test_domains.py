@@ -1,6 +1,7 @@
 """What would be lost: every domain in the table can be used as it stands there."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,10 +20,10 @@ def test_a_domain_is_found_by_its_name_with_a_possible_recipe(domain: Domain) ->
 
 @pytest.mark.parametrize("domain", DOMAINS.values(), ids=DOMAINS)
 def test_the_network_of_a_domain_takes_images_of_its_size(domain: Domain) -> None:
-    config = json.loads((domain.weights / "config.json").read_text())
+    config = json.loads((Path(domain.weights) / "config.json").read_text())
     assert config["sample_size"] == domain.image_size
     assert config["in_channels"] == 3
-    timesteps = json.loads((domain.weights / "scheduler_config.json").read_text())["num_train_timesteps"]
+    timesteps = json.loads((Path(domain.weights) / "scheduler_config.json").read_text())["num_train_timesteps"]
     assert domain.recipe.problems(timesteps) == []
 
 

@@ -42,7 +42,7 @@ def test_ones_own_edit_models_come_before_the_ready_made_ones(tmp_path):
     own.touch()
     found = edit_models(PIXELFACE, [tmp_path])
     assert found["glasses"] == own
-    assert found["smiling"].parent == PIXELFACE.edits
+    assert found["smiling"].parent == Path(PIXELFACE.edits)
 
 
 def test_the_recipe_is_the_domains_unless_something_is_given():

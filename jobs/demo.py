@@ -96,14 +96,16 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
         run_plan(make_plan(latents), "invert")
     with timed(seconds, "fine-tune"):
         live = attribute_named(domain, LIVE)
-        text, machines = (live.name, live.source, live.target), {"cpus": 2.0}
-        train([make_tune_plan(tune_run(str(out / "latents"), out / "models", domain.name, text, LIVE_TUNING, machines))], parallel=1)
+        run = tune_run(str(out / "latents"), out / "models", domain.name, live, LIVE_TUNING, {}, {"cpus": 2.0})
+        train([make_tune_plan(run)], parallel=1)
     with timed(seconds, "edit and score"):
-        models = [out / "models"]
+        models = [str(out / "models")]
         edits = make_edits(domain, ["none", LIVE, "glasses", "red_hair"], ["glasses=1,smiling=1"], [1.0], models)
         sweep = make_edits(domain, ["glasses"], [], [0.5, 1.5], models)
-        run = Run(source=Source(path=str(pictures)), output=str(out / "edits"), edits=edits + sweep, command="diffusionclip demo", **shared)
-        run_plan(make_plan(run), "edit")
+        editing = Run(
+            source=Source(path=str(pictures)), output=str(out / "edits"), edits=edits + sweep, command="diffusionclip demo", **shared
+        )
+        run_plan(make_plan(editing), "edit")
 
 
 def say_results(out: Path, seconds: dict[str, float]) -> None:

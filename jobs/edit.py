@@ -6,7 +6,10 @@ import typer
 
 from jobs import options as o
 
-Mixes = Annotated[list[str] | None, typer.Option("--mix", "-m", help="Several attributes in one walk, like glasses=0.6,hat=0.4.")]
+Mixes = Annotated[list[str] | None, typer.Option("--mix", "-m", help="Several in one walk, like glasses=0.6,hat=0.4; or by timesteps.")]
+ScoreClip = Annotated[
+    str | None, typer.Option(help="The CLIP that scores edits: MODEL/PRETRAINED, a folder, or none.", show_default="the domain's")
+]
 Degrees = Annotated[list[float] | None, typer.Option("--degree", "-d", help="0 = reconstruction, 1 = full, also beyond; may be repeated.")]
 
 
@@ -24,6 +27,14 @@ def edit(
     solver: o.Solver = None,
     spacing: o.Spacing = None,
     precision: o.Precision = None,
+    eta: o.Eta = None,
+    project: o.Projections = None,
+    project_step: o.ProjectionStep = None,
+    project_steps: o.ProjectionSteps = None,
+    class_label: o.ClassLabel = None,
+    seed: o.NoiseSeed = None,
+    score_clip: ScoreClip = None,
+    identity: o.Identity = None,
     id_column: o.IdColumn = "id",
     image_column: o.ImageColumn = "image",
     limit: o.Limit = None,
@@ -50,7 +61,9 @@ def edit(
 
     diffusionclip edit out/latents out/sweep -a glasses -d 0.5 -d 1 -d 1.5
 
-    diffusionclip edit out/latents out/mix --mix glasses=1,hat=1
+    diffusionclip edit out/latents out/mix --mix glasses=1,smiling=1 --mix "0:glasses=0.3,base=0.7;300:glasses=1"
+
+    diffusionclip edit strokes/ out/strokes -a none -a smiling --project 10
     """
     from jobs.requests import domain_named, make_edits, recipe_for
     from jobs.running import carry_out
@@ -59,13 +72,28 @@ def edit(
 
     chosen = domain_named(domain)
     source = Source(path=input, id_column=id_column, image_column=image_column, limit=limit)
-    given = o.given(return_step=return_step, steps_up=steps_up, steps_down=steps_down, solver=solver, spacing=spacing, precision=precision)
+    given = o.given(
+        return_step=return_step,
+        steps_up=steps_up,
+        steps_down=steps_down,
+        solver=solver,
+        spacing=spacing,
+        precision=precision,
+        eta=eta,
+        projections=project,
+        projection_step=project_step,
+        projection_steps=project_steps,
+        class_label=class_label,
+        seed=seed,
+    )
     run = Run(
         source=source,
         output=output,
         domain=chosen,
         recipe=recipe_for(source, chosen, given),
         edits=make_edits(chosen, attribute or [], mix or [], degree or [1.0], models or []),
+        score_clip=score_clip,
+        identity=identity,
         resources=Resources(workers=workers, gpus=gpus, cpus=cpus, batch=batch, block_rows=block_rows, max_pixels=max_pixels),
         max_reject_rate=max_reject_rate,
         overwrite=overwrite,

@@ -12,16 +12,42 @@ ModelsArg = Annotated[Path, typer.Argument(help="The folder for NAME.safetensors
 SourceText = Annotated[str | None, typer.Option(help="Words for the images as they are; with --target-text and --name.")]
 TargetText = Annotated[str | None, typer.Option(help="Words for the images as they should become.")]
 Name = Annotated[str | None, typer.Option(help="The name of your own attribute.")]
-TRAINING = "Training"
+TRAINING, LOSS, STOPPING = "Training", "Loss", "Stopping early"
 Epochs = Annotated[int | None, typer.Option(help="Passes over the latents.", rich_help_panel=TRAINING)]
 Images = Annotated[int | None, typer.Option(help="At most this many latents.", rich_help_panel=TRAINING)]
 Rate = Annotated[float | None, typer.Option(help="Of Adam.", rich_help_panel=TRAINING)]
-TuneBatch = Annotated[int | None, typer.Option("--batch", help="Images of one optimizer step.", rich_help_panel=TRAINING)]
+Growth = Annotated[
+    float | None,
+    typer.Option(
+        "--learning-rate-growth", help="Factor after each epoch: 1 is constant, the official code has 1.3.", rich_help_panel=TRAINING
+    ),
+]
+TuneBatch = Annotated[int | None, typer.Option("--batch", help="Images of one backward pass.", rich_help_panel=TRAINING)]
+Accumulate = Annotated[int | None, typer.Option(help="Batches of one optimizer step.", rich_help_panel=TRAINING)]
 TuneSteps = Annotated[int | None, typer.Option(help="Rungs that gradients flow through.", rich_help_panel=TRAINING)]
-ClipWeight = Annotated[float | None, typer.Option(help="Of the directional CLIP loss.", rich_help_panel=TRAINING)]
-L1Weight = Annotated[float | None, typer.Option(help="Of the distance to the source.", rich_help_panel=TRAINING)]
-Form = Annotated[str | None, typer.Option(help="Of the directional loss: log (the official code's) or cosine.", rich_help_panel=TRAINING)]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="full; checkpoint: same gradients, less memory; stepwise: the paper's GPU-efficient way.", rich_help_panel=TRAINING),
+]
+Rank = Annotated[int | None, typer.Option(help="Train low-rank weights of this rank: small files.", rich_help_panel=TRAINING)]
+Ema = Annotated[float | None, typer.Option(help="Save a moving average of the weights with this decay.", rich_help_panel=TRAINING)]
 Seed = Annotated[int | None, typer.Option(help="Of the order of images.", rich_help_panel=TRAINING)]
+ClipWeight = Annotated[float | None, typer.Option(help="Of the directional CLIP loss.", rich_help_panel=LOSS)]
+L1Weight = Annotated[float | None, typer.Option(help="Of the distance to the source.", rich_help_panel=LOSS)]
+IdWeight = Annotated[float | None, typer.Option(help="Of the identity loss; needs --identity.", rich_help_panel=LOSS)]
+Form = Annotated[str | None, typer.Option(help="Of the directional loss: log (the official code's) or cosine.", rich_help_panel=LOSS)]
+Reference = Annotated[str | None, typer.Option(help="What edits are compared with: source or reconstruction.", rich_help_panel=LOSS)]
+Clips = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--clip", help="MODEL/PRETRAINED of open_clip or a folder; several are averaged.", rich_help_panel=LOSS, show_default="the domain's"
+    ),
+]
+HeldOut = Annotated[
+    int | None, typer.Option(help="Further latents to measure the similarity on, never trained on.", rich_help_panel=STOPPING)
+]
+Patience = Annotated[int | None, typer.Option(help="Epochs without a better one; the best is kept.", rich_help_panel=STOPPING)]
+StopAt = Annotated[float | None, typer.Option(help="Stop at this held-out similarity.", rich_help_panel=STOPPING)]
 Parallel = Annotated[int, typer.Option(help="Attributes trained side by side.", rich_help_panel=o.MACHINES)]
 TuneWorkers = Annotated[int, typer.Option(help="Workers that share one attribute.", rich_help_panel=o.MACHINES)]
 
@@ -41,12 +67,25 @@ def finetune(
     epochs: Epochs = None,
     images: Images = None,
     learning_rate: Rate = None,
+    learning_rate_growth: Growth = None,
     batch: TuneBatch = None,
+    accumulate: Accumulate = None,
     steps_down: TuneSteps = None,
+    memory: Memory = None,
+    precision: o.Precision = None,
+    rank: Rank = None,
+    ema: Ema = None,
+    seed: Seed = None,
     clip_weight: ClipWeight = None,
     l1_weight: L1Weight = None,
+    id_weight: IdWeight = None,
     form: Form = None,
-    seed: Seed = None,
+    reference: Reference = None,
+    clip: Clips = None,
+    identity: o.Identity = None,
+    held_out: HeldOut = None,
+    patience: Patience = None,
+    stop_at: StopAt = None,
     parallel: Parallel = 1,
     workers: TuneWorkers = 1,
     gpus: o.Gpus = 0.0,
@@ -62,6 +101,8 @@ def finetune(
 
     diffusionclip finetune out/latents out/models -a hat -a beard --parallel 2 --gpus 1
 
+    diffusionclip finetune out/latents out/models -a pixar --domain celebahq-256 --memory checkpoint --rank 8 --gpus 1
+
     diffusionclip finetune out/latents out/models --name ginger --source-text face --target-text "face with ginger hair"
     """
     from jobs.session import ray_session
@@ -71,63 +112,89 @@ def finetune(
         epochs=epochs,
         images=images,
         learning_rate=learning_rate,
+        learning_rate_growth=learning_rate_growth,
         batch=batch,
+        accumulate=accumulate,
         steps_down=steps_down,
+        memory=memory,
+        rank=rank,
+        ema=ema,
+        seed=seed,
         clip_weight=clip_weight,
         l1_weight=l1_weight,
+        id_weight=id_weight,
         form=form,
-        seed=seed,
+        reference=reference,
+        held_out=held_out,
+        patience=patience,
+        stop_at=stop_at,
     )
-    texts = wanted_texts(domain, attribute or [], (name, source_text, target_text))
-    machines = {"workers": workers, "gpus": gpus, "cpus": cpus}
-    plans = [make_tune_plan(tune_run(latents, models, domain, text, numbers, machines)) for text in texts]
+    chosen = wanted_attributes(domain, attribute or [], (name, source_text, target_text))
+    others = {"workers": workers, "gpus": gpus, "cpus": cpus, "clips": tuple(clip or ()), "identity": identity}
+    runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
+    plans = [make_tune_plan(run) for run in runs]
+    advise(runs, chosen)
     with ray_session(address, verbose):
         train(plans, parallel)
 
 
-def wanted_texts(domain: str, attributes: list[str], own: tuple[str | None, str | None, str | None]) -> list[tuple[str, str, str]]:
-    """(name, source text, target text) of everything asked for. Raises ConfigError."""
+def wanted_attributes(domain: str, names: list[str], own: tuple[str | None, str | None, str | None]) -> list[Any]:
+    """Everything asked for, one's own attribute (name, source text, target text) last. Raises ConfigError."""
     import re
 
     from jobs.requests import attribute_named, domain_named
+    from models.attributes import Attribute
     from pipeline.config import ConfigError
 
-    known = [attribute_named(domain_named(domain), name) for name in attributes]
-    texts = [(a.name, a.source, a.target) for a in known]
+    wanted = [attribute_named(domain_named(domain), name) for name in names]
     if any(own):
         name, source, target = own
         if not (name and source and target):
             raise ConfigError("an attribute of your own needs all three: --name, --source-text and --target-text")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise ConfigError(f"a name has letters, digits, - and _ only, at most 64; got {name!r}")
-        texts.append((name, source, target))
-    if not texts:
+        wanted.append(Attribute(name=name, family="", source=source, target=target))
+    if not wanted:
         raise ConfigError("say what to learn with --attribute, or with --name, --source-text and --target-text")
-    if len({name for name, _, _ in texts}) < len(texts):
+    if len({a.name for a in wanted}) < len(wanted):
         raise ConfigError("every attribute can be asked for once only")
-    return texts
+    return wanted
 
 
-def tune_run(latents: str, models: Path, domain: str, text: tuple[str, str, str], numbers: dict[str, Any], machines: dict[str, Any]) -> Any:
-    """The request of one attribute."""
+def tune_run(
+    latents: str, models: Path, domain: str, attribute: Any, numbers: dict[str, Any], walk: dict[str, Any], others: dict[str, Any]
+) -> Any:
+    """The request of one attribute; ``numbers`` of the tuning win over the attribute's own, and those over the domain's."""
     from dataclasses import replace
 
     from jobs.requests import domain_named, recipe_for
     from pipeline.config import Source, TuneRun
 
     chosen = domain_named(domain)
-    name, source, target = text
+    known = o.given(learning_rate=attribute.learning_rate)
     return TuneRun(
         latents=latents,
         output=models,
         domain=chosen,
-        attribute=name,
-        source_text=source,
-        target_text=target,
-        recipe=recipe_for(Source(path=latents), chosen, {}),
-        tuning=replace(chosen.tuning, **numbers),
-        **machines,
+        attribute=attribute.name,
+        source_text=attribute.source,
+        target_text=attribute.target,
+        recipe=recipe_for(Source(path=latents), chosen, walk),
+        tuning=replace(chosen.tuning, **{**known, **numbers}),
+        **others,
     )
+
+
+def advise(runs: list[Any], attributes: list[Any]) -> None:
+    """Says so where the latents' return step is not the one that is known to work for an attribute."""
+    from jobs.progress import console
+
+    for run, attribute in zip(runs, attributes, strict=True):
+        if attribute.return_step and attribute.return_step != run.recipe.return_step:
+            console.print(
+                f"note: {attribute.name} is known to work from return step {attribute.return_step}; these latents were made at "
+                f"{run.recipe.return_step} (invert --return-step {attribute.return_step} makes others)"
+            )
 
 
 def train(plans: list[Any], parallel: int) -> list[Any]:
@@ -145,7 +212,9 @@ def train(plans: list[Any], parallel: int) -> list[Any]:
         results = fit_all(plans, parallel, update)
     for tuned in results:
         if tuned.file and tuned.losses:
-            console.print(f"{tuned.file}: {tuned.attribute} in {tuned.seconds:.1f} s, similarity {tuned.losses['similarity']:.3f}")
+            held_out = f", {tuned.losses['held_out']:.3f} on held-out images" if "held_out" in tuned.losses else ""
+            similarity = f"similarity {tuned.losses['similarity']:.3f}{held_out}"
+            console.print(f"{tuned.file}: {tuned.attribute} in {tuned.seconds:.1f} s, epoch {tuned.losses['epoch']:.0f}, {similarity}")
     failed = [f"{tuned.attribute} was not trained: {tuned.error}" for tuned in results if tuned.error]
     if failed:
         raise TrainingFailedError("\n".join(failed))

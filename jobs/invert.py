@@ -12,6 +12,11 @@ def invert(
     solver: o.Solver = None,
     spacing: o.Spacing = None,
     precision: o.Precision = None,
+    project: o.Projections = None,
+    project_step: o.ProjectionStep = None,
+    project_steps: o.ProjectionSteps = None,
+    class_label: o.ClassLabel = None,
+    seed: o.NoiseSeed = None,
     id_column: o.IdColumn = "id",
     image_column: o.ImageColumn = "image",
     limit: o.Limit = None,
@@ -33,6 +38,8 @@ def invert(
     diffusionclip invert faces/ out/latents
 
     diffusionclip invert s3://bucket/faces.parquet s3://bucket/latents --return-step 500 --workers 8 --gpus 1 --batch 64
+
+    diffusionclip invert strokes/ out/latents --project 10
     """
     from jobs.requests import domain_named, recipe_for
     from jobs.running import carry_out
@@ -41,7 +48,18 @@ def invert(
 
     chosen = domain_named(domain)
     source = Source(path=input, id_column=id_column, image_column=image_column, limit=limit)
-    given = o.given(return_step=return_step, steps_up=steps_up, solver=solver, spacing=spacing, precision=precision)
+    given = o.given(
+        return_step=return_step,
+        steps_up=steps_up,
+        solver=solver,
+        spacing=spacing,
+        precision=precision,
+        projections=project,
+        projection_step=project_step,
+        projection_steps=project_steps,
+        class_label=class_label,
+        seed=seed,
+    )
     run = Run(
         source=source,
         output=output,

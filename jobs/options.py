@@ -1,6 +1,5 @@
 """Command line options that several commands share, and what they are turned into."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,13 +8,28 @@ WALK, ROWS, MACHINES = "Walk", "Rows", "Machines"
 
 Input = Annotated[str, typer.Argument(help="A folder of pictures, a Parquet file, or a folder of Parquet files; any fsspec address.")]
 Output = Annotated[str, typer.Argument(help="The folder to write Parquet files to.")]
-DomainName = Annotated[str, typer.Option("--domain", help="The base model; `diffusionclip domains` lists them.")]
+DomainName = Annotated[
+    str,
+    typer.Option("--domain", help="The base model: a name of `diffusionclip domains`, a diffusers folder, a hub name, or a domain file."),
+]
 Attributes = Annotated[list[str] | None, typer.Option("--attribute", "-a", help="An attribute; may be given several times.")]
 ReturnStep = Annotated[int | None, typer.Option(help="How far up to walk; larger changes more.", rich_help_panel=WALK)]
 StepsUp = Annotated[int | None, typer.Option(help="Rungs on the way up.", rich_help_panel=WALK)]
 StepsDown = Annotated[int | None, typer.Option(help="Rungs on the way down.", rich_help_panel=WALK)]
 Solver = Annotated[str | None, typer.Option(help="ddim (the paper's) or ab2 (second order).", rich_help_panel=WALK)]
 Spacing = Annotated[str | None, typer.Option(help="Of the rungs: linspace (the official code's) or sigma.", rich_help_panel=WALK)]
+Eta = Annotated[float | None, typer.Option(help="Fresh noise on the way down: 0 none, 1 DDPM; needs --solver ddim.", rich_help_panel=WALK)]
+Projections = Annotated[
+    int | None,
+    typer.Option("--project", help="For strokes and other unseen domains: so often into the trained domain first.", rich_help_panel=WALK),
+]
+ProjectionStep = Annotated[int | None, typer.Option("--project-step", help="Return step of these projections.", rich_help_panel=WALK)]
+ProjectionSteps = Annotated[int | None, typer.Option("--project-steps", help="Rungs of each projection.", rich_help_panel=WALK)]
+ClassLabel = Annotated[int | None, typer.Option(help="For class-conditional base models.", rich_help_panel=WALK)]
+NoiseSeed = Annotated[int | None, typer.Option("--seed", help="Of fresh noise.", rich_help_panel=WALK)]
+Identity = Annotated[
+    str | None, typer.Option(help="Face recognition weights (IR-SE50, model_ir_se50.pth): a file, s3:// or https://.", show_default=False)
+]
 Precision = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WALK)]
 IdColumn = Annotated[str, typer.Option(help="Column of unique ids; made from file and row if there is none.", rich_help_panel=ROWS)]
 ImageColumn = Annotated[str, typer.Option(help="Column of pictures: binary or struct{bytes, path}.", rich_help_panel=ROWS)]
@@ -31,7 +45,8 @@ Batch = Annotated[int, typer.Option(help="Images in one model call.", rich_help_
 Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; without it a local one.", rich_help_panel=MACHINES)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let Ray say what it does.", rich_help_panel=MACHINES)]
 EditModels = Annotated[
-    list[Path] | None, typer.Option("--models", help="Folder with edit models, looked into before the ready-made ones; may be repeated.")
+    list[str] | None,
+    typer.Option("--models", help="Edit models: a folder, s3:// or a hub name; looked into before the ready-made ones; may be repeated."),
 ]
 
 

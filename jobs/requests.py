@@ -5,26 +5,53 @@ from pathlib import Path
 from typing import Any
 
 from models.attributes import Attribute, attributes_of
+from models.domain_files import domain_from_folder, load_domain_file
 from models.domains import DOMAINS, Domain
 from models.recipe import Recipe
-from models.weights import WeightsError, load_card
+from models.weights import WeightsError, edit_models_in, load_card
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Part, Source, unknown
 from pipeline.sources import find
 
+DOMAIN_FILES = (".yaml", ".yml", ".json")
 
-def domain_named(name: str) -> Domain:
-    if name not in DOMAINS:
-        raise ConfigError(unknown("domain", name, sorted(DOMAINS)))
-    return DOMAINS[name]
+
+def domain_named(name: str, need_weights: bool = True) -> Domain:
+    """The domain of a name in the table, of a diffusers folder or hub name, or of a domain file (.yaml, .yml, .json).
+
+    A domain whose weights must be imported first is found too if they are not needed. Raises ConfigError.
+    """
+    of_weights = {domain.weights: domain for domain in DOMAINS.values() if domain.weights}
+    if name in DOMAINS:
+        domain = DOMAINS[name]
+    elif name in of_weights:
+        domain = of_weights[name]
+    elif "/" in name or name.endswith(DOMAIN_FILES) or Path(name).exists():
+        domain = _own_domain(name)
+    else:
+        raise ConfigError(unknown("domain", name, sorted(DOMAINS)) + "; a folder, a hub name or a domain file may be given as well")
+    if need_weights and not domain.weights:
+        raise ConfigError(
+            f"the weights of {domain.name} must be imported first ({domain.origin}): "
+            f"diffusionclip import FILE OUT --domain {domain.name}, and then --domain OUT"
+        )
+    return domain
+
+
+def _own_domain(reference: str) -> Domain:
+    try:
+        return load_domain_file(reference) if reference.endswith(DOMAIN_FILES) else domain_from_folder(reference)
+    except WeightsError as error:
+        raise ConfigError(*str(error).splitlines()) from None
 
 
 def attribute_named(domain: Domain, name: str) -> Attribute:
-    known = attributes_of(domain.name)
+    known = attributes_of(domain.family)
+    own = "for your own give --name, --source-text and --target-text"
+    if not known:
+        raise ConfigError(f"there are no attributes for {domain.name} in the table, so {name!r} is unknown; {own}")
     if name not in known:
-        raise ConfigError(
-            unknown(f"attribute of {domain.name}", name, sorted(known)) + "; for your own give --source-text and --target-text"
-        )
+        raise ConfigError(unknown(f"attribute of {domain.name}", name, sorted(known)) + f"; {own}")
     return known[name]
 
 
@@ -36,16 +63,16 @@ def recipe_for(source: Source, domain: Domain, given: dict[str, Any]) -> Recipe:
     return Recipe.from_dict(base | given)
 
 
-def edit_models(domain: Domain, folders: list[Path]) -> dict[str, Path]:
-    """Name -> weights of every edit model that can be used; earlier folders come first, the ready-made ones last."""
-    found: dict[str, Path] = {}
-    for folder in [*folders, *([Path(domain.edits)] if domain.edits else [])]:
-        for file in sorted(folder.glob("*.safetensors")):
-            found.setdefault(file.stem, file)
+def edit_models(domain: Domain, folders: list[str]) -> dict[str, str]:
+    """Name -> reference of every edit model that can be used; earlier folders come first, the ready-made ones last."""
+    found: dict[str, str] = {}
+    for folder in [*folders, *([domain.edits] if domain.edits else [])]:
+        for name, reference in edit_models_in(folder).items():
+            found.setdefault(name, reference)
     return found
 
 
-def part_named(name: str, weight: float, domain: Domain, usable: dict[str, Path]) -> Part:
+def part_named(name: str, weight: float, domain: Domain, usable: dict[str, str]) -> Part:
     if name not in usable:
         raise ConfigError(
             unknown(f"edit model of {domain.name}", name, sorted(usable))
@@ -55,43 +82,72 @@ def part_named(name: str, weight: float, domain: Domain, usable: dict[str, Path]
         card = load_card(usable[name])
     except WeightsError as error:
         raise ConfigError(str(error)) from None
-    return Part(name=name, file=str(usable[name]), weight=weight, source=card.source, target=card.target)
+    return Part(name=name, file=usable[name], weight=weight, source=card.source, target=card.target)
 
 
-def parse_mix(text: str) -> list[tuple[str, float]]:
-    """``glasses=0.7,hat=0.3`` -> names and weights; without weights all are equal and sum to 1."""
-    pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
-    if len(pieces) < 2:
+BASE = "base"
+"""Names the base model in a mix."""
+
+
+def parse_mix(text: str) -> dict[int, dict[str, float]]:
+    """From timestep -> name -> weight. ``glasses=0.7,hat=0.3`` holds everywhere; ``0:hat=1;300:hat=0.4,base=0.6`` by ranges.
+
+    Names without weights share evenly. Raises ConfigError. ``base`` may be named where the weights sum to 1.
+    """
+    ranges: dict[int, dict[str, float]] = {}
+    for piece in filter(None, (piece.strip() for piece in text.split(";"))):
+        start, colon, members = piece.rpartition(":")
+        if colon and not start.strip().isdigit():
+            raise ConfigError(f"a range of the mix {text!r} starts with a timestep, like 300:glasses=1; got {start.strip()!r}")
+        if int(start or 0) in ranges:
+            raise ConfigError(f"the mix {text!r} says twice what holds from timestep {int(start or 0)}")
+        ranges[int(start or 0)] = _parse_weights(members, text)
+    if len({name for weights in ranges.values() for name in weights}) < 2:
         raise ConfigError(f"a mix names at least two attributes, like glasses=0.5,hat=0.5; got {text!r}")
-    parsed = []
+    return dict(sorted(ranges.items()))
+
+
+def _parse_weights(members: str, text: str) -> dict[str, float]:
+    pieces = [piece.strip() for piece in members.split(",") if piece.strip()]
+    weights: dict[str, float] = {}
     for piece in pieces:
-        name, _, weight = piece.partition("=")
+        name, equals, weight = (word.strip() for word in piece.partition("="))
         try:
-            parsed.append((name.strip(), float(weight) if weight else 1 / len(pieces)))
+            value = float(weight) if equals else 1 / len(pieces)
         except ValueError:
             raise ConfigError(f"the weight of {name!r} in the mix {text!r} must be a number; got {weight!r}") from None
-    return parsed
+        if not -10 <= value <= 10:
+            raise ConfigError(f"the weight of {name!r} in the mix {text!r} must lie between -10 and 10; got {weight}")
+        if name in weights:
+            raise ConfigError(f"the mix {text!r} names {name!r} twice")
+        weights[name] = value
+    if BASE in weights and abs(sum(weights.values()) - 1) > 1e-6:
+        raise ConfigError(f"weights of the mix {text!r} that name {BASE} must sum to 1; they sum to {sum(weights.values()):g}")
+    return weights
 
 
-def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees: list[float], folders: list[Path]) -> tuple[Edit, ...]:
+def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees: list[float], folders: list[str]) -> tuple[Edit, ...]:
     """Every attribute and mix at every degree; ``none`` is the reconstruction. Raises ConfigError with all wrong names."""
     usable = edit_models(domain, folders)
     edits: list[Edit] = []
     problems: list[str] = []
-    wanted = [[(name, 1.0)] if name != "none" else [] for name in attributes]
+    wanted: list[dict[int, dict[str, float]]] = [{0: {name: 1.0} if name != "none" else {}} for name in attributes]
     for text in mixes:
         try:
             wanted.append(parse_mix(text))
         except ConfigError as error:
             problems += error.problems
-    for members in wanted:
+    for ranges in wanted:
+        names = [name for name in dict.fromkeys(name for weights in ranges.values() for name in weights) if name != BASE]
+        rows = tuple((start, tuple(weights.get(name, 0.0) for name in names)) for start, weights in ranges.items())
         parts = []
-        for name, weight in members:
+        for i, name in enumerate(names):
             try:
-                parts.append(part_named(name, weight, domain, usable))
+                parts.append(part_named(name, sum(row[i] for _, row in rows) / len(rows), domain, usable))
             except ConfigError as error:
                 problems += error.problems
-        edits += [Edit(parts=tuple(parts), degree=degree) for degree in (degrees if parts else [1.0])]
+        by_range = rows if len(rows) > 1 or rows[0][0] else ()
+        edits += [Edit(parts=tuple(parts), degree=degree, ranges=by_range) for degree in (degrees if parts else [1.0])]
     problems += [f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {d}" for d in degrees if not -5 <= d <= 5]
     if not attributes and not mixes:
         problems.append(f"say what to edit with --attribute or --mix; usable are {', '.join(sorted(usable)) or 'no edit models yet'}")

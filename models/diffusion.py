@@ -9,15 +9,19 @@ sigma = sqrt((1 - alpha_bar) / alpha_bar) the deterministic (DDIM) process is dy
 (DiffusionCLIP, eq. 11), walking down gives the image (eq. 12).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # x (B,C,H,W) float32, t (B,) int64 -> predicted noise, shape and dtype of x.
 NoiseModel = Callable[[Tensor, Tensor], Tensor]
+
+# number of a step -> fresh standard normal noise, shape of x: where a stochastic walk takes its randomness from.
+Draw = Callable[[int], Tensor]
 
 CLEAN = -1
 """The rung below t=0: no noise at all."""
@@ -86,26 +90,87 @@ def step(x: Tensor, noise: Tensor, alpha_bar: float, next_alpha_bar: float) -> T
     return sqrt(next_alpha_bar) * (x / sqrt(alpha_bar) + (next_sigma - sigma) * noise)
 
 
-def walk(model: NoiseModel, x: Tensor, path: Sequence[int], alpha_bars: Tensor, order: int = 1) -> Tensor:
-    """Moves x along the rungs of ``path``, up or down; ``len(path) - 1`` model calls; differentiable.
+def predicted_x0(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """The clean image that a noise prediction implies: x0 = (x - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar)."""
+    return step(x, noise, alpha_bar, 1.0)
+
+
+def noised(x0: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """x0 with fresh noise, in one stroke: sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4)."""
+    return sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * noise
+
+
+class Move(NamedTuple):
+    """One step of a walk: at ``x`` the model predicted ``noise``; the step led to ``next_x``. (B, C, H, W) each."""
+
+    x: Tensor
+    noise: Tensor
+    alpha_bar: float
+    next_x: Tensor
+
+
+def moves(
+    model: NoiseModel, x: Tensor, path: Sequence[int], alpha_bars: Tensor, order: int = 1, *, detached: bool = False
+) -> Iterator[Move]:
+    """Moves x along the rungs of ``path``, up or down, one model call and one ``Move`` a step.
 
     Order 1 is DDIM. Order 2 is the two-step Adams-Bashforth method with variable step size in sigma, whose first step is
     a DDIM step; it costs no further model call. At ``CLEAN`` the model is asked at t=0, the lowest level it knows.
+    ``detached`` cuts the graph of gradients between the steps, so that each model call can be trained on by itself.
     """
     if order not in (1, 2):
         raise ValueError(f"the order of a walk is 1 (DDIM) or 2 (Adams-Bashforth); got {order}")
     levels = [alpha_bar_at(alpha_bars, rung) for rung in path]
     sigmas = [sqrt((1 - level) / level) for level in levels]
     previous: Tensor | None = None
-    for i, (rung, _) in enumerate(pairwise(path)):
-        t = torch.full((len(x),), max(rung, 0), dtype=torch.int64, device=x.device)
-        noise = direction = model(x, t)
+    for i, rung in enumerate(path[:-1]):
+        noise = direction = model(x, timesteps(x, rung))
         if order == 2 and previous is not None:
             ratio = (sigmas[i + 1] - sigmas[i]) / (sigmas[i] - sigmas[i - 1])
             direction = (1 + ratio / 2) * noise - (ratio / 2) * previous
-        x = step(x, direction, levels[i], levels[i + 1])
-        previous = noise
+        next_x = step(x, direction, levels[i], levels[i + 1])
+        yield Move(x, noise, levels[i], next_x)
+        x, previous = (next_x.detach(), noise.detach()) if detached else (next_x, noise)
+
+
+def timesteps(x: Tensor, rung: int) -> Tensor:
+    """int64 (B,): what the model is told at a rung."""
+    return torch.full((len(x),), max(rung, 0), dtype=torch.int64, device=x.device)
+
+
+def walk(model: NoiseModel, x: Tensor, path: Sequence[int], alpha_bars: Tensor, order: int = 1) -> Tensor:
+    """Where the ``moves`` along ``path`` end; ``len(path) - 1`` model calls; differentiable."""
+    for move in moves(model, x, path, alpha_bars, order):
+        x = move.next_x
     return x
+
+
+def stochastic_walk(model: NoiseModel, x: Tensor, path: Sequence[int], alpha_bars: Tensor, eta: float, draw: Draw) -> Tensor:
+    """A walk down with fresh noise in every step (Song et al. 2021, eq. 12 and 16): ``eta`` 0 is DDIM, 1 is DDPM.
+
+    The noise of a step belongs to the two rungs it lies between, whatever lies between them, so skipped steps are right
+    (the official code's ``ddpm`` sampling always removes the noise of a single timestep). ``draw(i)`` is the noise of
+    the i-th step. Raises ValueError for a path that leads up.
+    """
+    for i, (rung, below) in enumerate(pairwise(path)):
+        level, next_level = alpha_bar_at(alpha_bars, rung), alpha_bar_at(alpha_bars, below)
+        if next_level <= level:
+            raise ValueError("a stochastic walk leads down; on the way up use the deterministic walk")
+        noise = model(x, timesteps(x, rung))
+        fresh = eta * sqrt((1 - next_level) / (1 - level)) * sqrt(1 - level / next_level)
+        x = sqrt(next_level) * predicted_x0(x, noise, level) + sqrt(max(0.0, 1 - next_level - fresh**2)) * noise
+        if fresh:
+            x = x + fresh * draw(i)
+    return x
+
+
+def project(model: NoiseModel, x0: Tensor, path: Sequence[int], alpha_bars: Tensor, times: int, draw: Draw) -> Tensor:
+    """Brings an image of an unseen domain into the model's own: ``times`` times noised to the top of ``path`` and walked
+    down again (SDEdit, Meng et al. 2022; DiffusionCLIP, section 4.2). ``draw(i)`` is the noise of the i-th time."""
+    level = alpha_bar_at(alpha_bars, path[0])
+    for i in range(times):
+        x0 = walk(model, noised(x0, draw(i), level), path, alpha_bars)
+    return x0
 
 
 def blend(models: Sequence[NoiseModel], weights: Sequence[float] | Mapping[int, Sequence[float]]) -> NoiseModel:

@@ -11,6 +11,8 @@ from models.losses import FORMS
 
 ORDERS = {"ddim": 1, "ab2": 2}
 PRECISIONS = ("float32", "bfloat16", "float16")
+REFERENCES = ("source", "reconstruction")
+MEMORY = ("full", "checkpoint", "stepwise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,18 @@ class Recipe:
     """Of the ladder: ``linspace`` (the official code's) or ``sigma``."""
     precision: str = "float32"
     """Of the network's arithmetic; the state of the walk is float32 always."""
+    eta: float = 0.0
+    """Share of fresh noise on the way down: 0 is deterministic (DDIM), 1 is DDPM. Above 0 the solver is ``ddim``."""
+    projections: int = 0
+    """How often an image of an unseen domain is noised and walked down with the base model before it is inverted."""
+    projection_step: int = 500
+    """Return step of the projections."""
+    projection_steps: int = 6
+    """Rungs of each projection; the official code has 6."""
+    class_label: int | None = None
+    """For class-conditional base models; None lets the label contribute nothing, as the official code does."""
+    seed: int = 0
+    """Of fresh noise, together with the row's id: a row's pixels do not depend on its company."""
 
     def problems(self, timesteps: int = 1000) -> list[str]:
         """Sentences that say what is impossible about these numbers; empty if nothing is."""
@@ -40,6 +54,22 @@ class Recipe:
         for name, allowed in (("solver", ORDERS), ("spacing", SPACINGS), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        return found + self._noise_problems(timesteps)
+
+    def _noise_problems(self, timesteps: int) -> list[str]:
+        found = []
+        if not 0 <= self.eta <= 1:
+            found.append(f"eta must lie between 0 (deterministic) and 1 (DDPM); got {self.eta}")
+        elif self.eta and self.solver != "ddim":
+            found.append(f"fresh noise (eta {self.eta:g}) needs the solver ddim; got {self.solver}")
+        if self.projections < 0:
+            found.append(f"projections must not be negative; got {self.projections}")
+        if self.projections and not 1 <= self.projection_step < timesteps:
+            found.append(f"the projection step must lie between 1 and {timesteps - 1}; got {self.projection_step}")
+        elif self.projections and not 2 <= self.projection_steps <= self.projection_step + 1:
+            found.append(f"projection steps must lie between 2 and {self.projection_step + 1}; got {self.projection_steps}")
+        if self.class_label is not None and self.class_label < 0:
+            found.append(f"the class label must not be negative; got {self.class_label}")
         return found
 
     @property
@@ -52,10 +82,14 @@ class Recipe:
     def down(self, alpha_bars: Tensor) -> list[int]:
         return path_down(self.return_step, self.steps_down, self.spacing, alpha_bars)
 
+    def projection(self, alpha_bars: Tensor) -> list[int]:
+        """The rungs of one projection: down from its own return step."""
+        return path_down(self.projection_step, self.projection_steps, self.spacing, alpha_bars)
+
     @property
     def calls_up(self) -> int:
-        """Model calls an image on the way up."""
-        return self.steps_up - (self.spacing == "linspace")
+        """Model calls an image on the way up, projections included."""
+        return self.steps_up - (self.spacing == "linspace") + self.projections * self.projection_steps
 
     @property
     def calls_down(self) -> int:
@@ -64,7 +98,10 @@ class Recipe:
 
     def of_latent(self) -> dict[str, Any]:
         """The part of the recipe that decides the latent: latents made with another part must not be reused."""
-        return {name: getattr(self, name) for name in ("return_step", "steps_up", "solver", "spacing")}
+        names = ["return_step", "steps_up", "solver", "spacing", "class_label", "projections"]
+        if self.projections:
+            names += ["projection_step", "projection_steps", "seed"]
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,10 +121,14 @@ PAPER = Recipe(return_step=400, steps_up=200, steps_down=40, solver="ddim", spac
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The numbers of the fine-tuning run. The loss is clip_weight * directional + l1_weight * L1 (DiffusionCLIP, eq. 10)."""
+    """The numbers of the fine-tuning run. The loss is clip_weight * directional + l1_weight * L1 + id_weight * identity
+    (DiffusionCLIP, eq. 10)."""
 
     epochs: int = 6
     batch: int = 8
+    """Images of one backward pass."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before the optimizer steps."""
     learning_rate: float = 5e-5
     learning_rate_growth: float = 1.0
     """Factor after each epoch; the official code grows the rate by 1.3."""
@@ -95,21 +136,50 @@ class Tuning:
     """Rungs of the walk that gradients flow through (S_gen of training)."""
     clip_weight: float = 3.0
     l1_weight: float = 1.0
+    id_weight: float = 0.0
+    """Of the identity loss, which needs the weights of a face recognition network."""
     form: str = "log"
+    reference: str = "source"
+    """What the edited image is compared with: the ``source`` (the official code's) or its ``reconstruction`` by the base
+    model along the same few rungs, so that their blur is not taken for the edit."""
+    memory: str = "full"
+    """``full`` keeps every activation of the walk, ``checkpoint`` computes them again (same gradients), ``stepwise`` trains
+    on the predicted x0 of every step by itself (the paper's GPU-efficient fine-tuning)."""
+    rank: int | None = None
+    """Of low-rank weights on every convolution and linear layer; None trains the network itself."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights that is saved in their place; 0 saves the weights themselves."""
     images: int = 48
-    """At most this many latents are used."""
+    """At most this many latents are used for training."""
+    held_out: int = 0
+    """Further latents that are never trained on, to measure the directional similarity on after each epoch."""
+    patience: int = 0
+    """Stop after so many epochs without a better held-out similarity, and keep the best; 0 never stops for this."""
+    stop_at: float | None = None
+    """Stop after the first epoch that reaches this held-out similarity."""
     seed: int = 0
 
     def problems(self) -> list[str]:
         """Sentences that say what is impossible about these numbers; empty if nothing is."""
         found = []
-        for name, least in (("epochs", 1), ("batch", 1), ("steps_down", 2), ("images", 1)):
+        least_of = {"epochs": 1, "batch": 1, "accumulate": 1, "steps_down": 2, "images": 1, "held_out": 0, "patience": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 found.append(f"{name.replace('_', ' ')} must be at least {least}; got {getattr(self, name)}")
         if not 0 < self.learning_rate < 1:
             found.append(f"the learning rate must lie between 0 and 1; got {self.learning_rate}")
-        if min(self.clip_weight, self.l1_weight) < 0 or self.clip_weight == self.l1_weight == 0:
-            found.append(f"loss weights must not be negative nor all 0; got clip {self.clip_weight}, l1 {self.l1_weight}")
-        if self.form not in FORMS:
-            found.append(f"the form of the directional loss is one of {', '.join(FORMS)}; got {self.form!r}")
+        if not 0 < self.learning_rate_growth < 10:
+            found.append(f"the growth of the learning rate must lie between 0 and 10 (1 = constant); got {self.learning_rate_growth}")
+        weights = (self.clip_weight, self.l1_weight, self.id_weight)
+        if not all(0 <= w < float("inf") for w in weights) or not any(weights):
+            found.append("loss weights must not be negative nor all 0; got clip {}, l1 {}, id {}".format(*weights))
+        for name, allowed in (("form", FORMS), ("reference", REFERENCES), ("memory", MEMORY)):
+            if getattr(self, name) not in allowed:
+                found.append(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.rank is not None and not 1 <= self.rank <= 256:
+            found.append(f"the rank of low-rank weights must lie between 1 and 256; got {self.rank}")
+        if not 0 <= self.ema < 1:
+            found.append(f"the decay of the moving average must lie between 0 and 1; got {self.ema}")
+        if (self.patience or self.stop_at is not None) and not self.held_out:
+            found.append("stopping early needs images to measure it on: give held_out as well")
         return found

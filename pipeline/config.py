@@ -81,6 +81,7 @@ class Part:
     file: str
     """Reference of its weights, resolved on each worker."""
     weight: float
+    """Over the whole walk; the mean over its ranges where an edit has them."""
     source: str
     target: str
 
@@ -92,6 +93,8 @@ class Edit:
     parts: tuple[Part, ...] = ()
     degree: float = 1.0
     """0 = reconstruction, 1 = the full edit, also beyond."""
+    ranges: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    """Weights that change along the walk: from which timestep upwards, and the weight of each part there."""
 
     @property
     def attribute(self) -> str:
@@ -100,15 +103,23 @@ class Edit:
 
     @property
     def name(self) -> str:
-        """Of the edit's own folder: the attribute, and the degree where it is not 1."""
-        return self.attribute if self.degree == 1 else f"{self.attribute}_x{self.degree:g}"
+        """Of the edit's own folder: the attribute, whether its weights change along the walk, and the degree where it is not 1."""
+        stem = f"{self.attribute}_by_timestep" if self.ranges else self.attribute
+        return stem if self.degree == 1 else f"{stem}_x{self.degree:g}"
 
     @property
-    def weights(self) -> list[float]:
-        """Of the base model and of each part: base + degree * sum of weight * (part - base); they sum to 1."""
-        parts = [self.degree * part.weight for part in self.parts]
-        base = 1 - sum(parts)
-        return [0.0 if abs(base) < 1e-9 else base, *parts]  # a base that is there by rounding only would cost model calls
+    def weights(self) -> dict[int, list[float]]:
+        """From timestep -> weights of the base model and of each part there; each row sums to 1.
+
+        base + degree * sum of weight * (part - base): what the parts leave of 1 is the base model's.
+        """
+        table = self.ranges or ((0, tuple(part.weight for part in self.parts)),)
+        return {start: _with_base([self.degree * weight for weight in row]) for start, row in table}
+
+
+def _with_base(parts: list[float]) -> list[float]:
+    base = 1 - sum(parts)
+    return [0.0 if abs(base) < 1e-9 else base, *parts]  # a base that is there by rounding only would cost model calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +131,10 @@ class Run:
     domain: "Domain"
     recipe: "Recipe"
     edits: tuple[Edit, ...] = ()
+    score_clip: str | None = None
+    """The CLIP that scores edits; the domain's own if None, no CLIP at all if ``none``."""
+    identity: str | None = None
+    """Reference of face recognition weights; with them edits are scored for identity."""
     resources: Resources = field(default_factory=Resources)
     max_reject_rate: float = 0.1
     overwrite: bool = False
@@ -129,6 +144,11 @@ class Run:
     @property
     def kind(self) -> str:
         return "edits" if self.edits else "latents"
+
+    @property
+    def clip(self) -> str | None:
+        """The reference of the CLIP that scores edits."""
+        return None if self.score_clip == "none" else self.score_clip or self.domain.clip
 
     def problems(self) -> list[str]:
         """Everything that is impossible in the numbers, before any file is looked at."""
@@ -140,6 +160,8 @@ class Run:
         for edit in self.edits:
             if not -5 <= edit.degree <= 5:
                 found.append(f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {edit.degree}")
+            if edit.ranges and edit.ranges[0][0] != 0:
+                found.append(f"a mix by ranges of timesteps must say what holds from timestep 0; the lowest given is {edit.ranges[0][0]}")
         names = [edit.name for edit in self.edits]
         found += [f"edit {name!r} is asked for twice" for name in sorted(set(names)) if names.count(name) > 1]
         return found
@@ -157,6 +179,10 @@ class TuneRun:
     target_text: str
     recipe: "Recipe"
     tuning: "Tuning"
+    clips: tuple[str, ...] = ()
+    """References of the CLIPs in the loss; the domain's own if there are none."""
+    identity: str | None = None
+    """Reference of face recognition weights, for the identity loss."""
     workers: int = 1
     gpus: float = 0.0
     cpus: float = 1.0
@@ -165,6 +191,8 @@ class TuneRun:
 
     def problems(self) -> list[str]:
         found = self.recipe.problems() + self.tuning.problems()
+        if self.tuning.id_weight and not self.identity:
+            found.append("an identity loss needs the weights of a face recognition network (IR-SE50, model_ir_se50.pth): give --identity")
         if self.workers < 1:
             found.append(f"workers must be at least 1; got {self.workers}")
         return found

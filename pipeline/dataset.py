@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 
 from models.domains import Domain
 from models.pixelface.avatars import FACTORS
+from models.recipe import Recipe
 from models.weights import WeightsError, fingerprint, load_card
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Run, Source, versions
@@ -103,10 +104,23 @@ def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
     outputs = []
     for edit in run.edits:
         parts = [{"name": p.name, "weight": p.weight, "fingerprint": fingerprint(p.file)} for p in edit.parts]
-        columns = schema.edits_schema(found.user_columns, factors, {**about, "edit": parts, "degree": edit.degree})
-        calls = run.recipe.calls_down * sum(w != 0 for w in edit.weights)
+        columns = schema.edits_schema(
+            found.user_columns, factors, {**about, "edit": parts, "degree": edit.degree, "clip": run.clip}, run.identity is not None
+        )
+        calls = _calls_down(run, edit)
         outputs.append(Output(folder=f"{run.output.rstrip('/')}/{edit.name}", edit=edit, columns=columns, model_calls=calls))
     return tuple(outputs)
+
+
+def _calls_down(run: Run, edit: Edit) -> int:
+    """Network evaluations an image on the way down: at each rung one for every model that has a weight there."""
+    table = edit.weights
+    if len(table) == 1:
+        return run.recipe.calls_down * sum(w != 0 for w in table[0])
+    from models.unet import load_alpha_bars  # only ranges need to know where the rungs are
+
+    rungs = run.recipe.down(load_alpha_bars(run.domain.weights))[:-1]
+    return sum(sum(w != 0 for w in table[max(start for start in table if start <= max(rung, 0))]) for rung in rungs)
 
 
 def latent_mismatch(found: Input, domain: Domain, wanted: dict[str, Any]) -> list[str]:
@@ -118,8 +132,9 @@ def latent_mismatch(found: Input, domain: Domain, wanted: dict[str, Any]) -> lis
             f"the latents at {found.source.path} were made by base model {about.get('domain')} "
             f"({about.get('domain_fingerprint')}), not by {domain.name} ({fingerprint(domain.weights)}); invert the images again"
         )
+    made_with = Recipe.from_dict(about.get("recipe", {})).of_latent()  # what an older record does not name was at its default
     for name, value in wanted.items():
-        made = about.get("recipe", {}).get(name)
+        made = made_with.get(name)
         if made != value:
             problems.append(f"the latents at {found.source.path} were made with {name} {made}, but {value} is asked for")
     return problems
@@ -218,7 +233,7 @@ def edit_stages(run: Run, edit: Edit | None) -> "list[Stage]":
     from pipeline.scoring import Score
     from pipeline.stages import Apply
 
-    return [Apply(run.domain, run.recipe, edit, run.resources), Score(run.domain, edit, run.resources)]
+    return [Apply(run.domain, run.recipe, edit, run.resources), Score(run.domain, edit, run.resources, run.clip, run.identity)]
 
 
 def split_blocks(table: pa.Table) -> Iterator[pa.Table]:
@@ -318,8 +333,10 @@ def _write_record(plan: Plan, output: Output, report: Report) -> None:
         "input": run.source.path,
         "domain": run.domain.name,
         "recipe": run.recipe.to_dict(),
-        "edit": [{**asdict(part), "file": str(part.file)} for part in edit.parts] if edit else None,
+        "edit": [asdict(part) for part in edit.parts] if edit else None,
         "degree": edit.degree if edit else None,
+        "ranges": edit.ranges if edit else None,
+        "score_clip": run.clip if edit else None,
         "rows": report.rows,
         "rejected": report.rejected,
         "reasons": dict(report.reasons.most_common(20)),

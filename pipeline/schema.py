@@ -21,13 +21,15 @@ _SCORES = (
     ("ssim", pa.float32()),
     ("clip_direction", pa.float32()),  # cosine of the change with the text direction; null for reconstructions
 )
+IDENTITY = pa.field("identity", pa.float32())
+"""Cosine of the face features of source and edited; only where a face recognition network was given."""
 _JUDGED = ("factors_before", "factors_after")
 
 
-def scores_schema(factors: Sequence[str]) -> pa.Schema:
+def scores_schema(factors: Sequence[str], identity: bool = False) -> pa.Schema:
     """The columns that ``Score`` fills; what the domain's judge reads, a string a factor, only where it has a judge."""
     reading = pa.struct([(name, pa.string()) for name in factors])
-    return pa.schema([*_SCORES, *((name, reading) for name in _JUDGED if factors)])
+    return pa.schema([*_SCORES, *([IDENTITY] if identity else []), *((name, reading) for name in _JUDGED if factors)])
 
 
 def latent_type(size: int) -> pa.DataType:
@@ -37,7 +39,7 @@ def latent_type(size: int) -> pa.DataType:
 
 def own_columns(kind: str) -> tuple[str, ...]:
     """The columns a table of this kind adds to ``id``, ``image`` and the user's own."""
-    return {"latents": ("latent", "error"), "edits": (*EDIT.names, *(name for name, _ in _SCORES), *_JUDGED, "error")}[kind]
+    return {"latents": ("latent", "error"), "edits": (*EDIT.names, *(name for name, _ in _SCORES), IDENTITY.name, *_JUDGED, "error")}[kind]
 
 
 def latents_schema(user: pa.Schema, size: int, about: Mapping[str, Any]) -> pa.Schema:
@@ -46,9 +48,9 @@ def latents_schema(user: pa.Schema, size: int, about: Mapping[str, Any]) -> pa.S
     return _with_metadata(columns, {"kind": "latents", "latent_shape": [3, size, size], **about})
 
 
-def edits_schema(user: pa.Schema, factors: Sequence[str], about: Mapping[str, Any]) -> pa.Schema:
+def edits_schema(user: pa.Schema, factors: Sequence[str], about: Mapping[str, Any], identity: bool = False) -> pa.Schema:
     """Of an edits table: id, image (the source), edited, attribute, degree, scores, the user's columns, error."""
-    columns = [*_leading(user), *EDIT, *scores_schema(factors), pa.field("error", pa.string())]
+    columns = [*_leading(user), *EDIT, *scores_schema(factors, identity), pa.field("error", pa.string())]
     return _with_metadata(columns, {"kind": "edits", **about})
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from models.identity import load_identity
 from torch import Tensor
 
 from models.clip import Clip, load_clip
@@ -15,12 +16,16 @@ from pipeline.config import Edit, Resources
 
 
 class Score:
-    """source and edited -> scores a row: error, similarity, directional CLIP, and the judge's reading where there is one."""
+    """source and edited -> scores a row: error, similarity, directional CLIP, and what else there are networks for.
 
-    def __init__(self, domain: Domain, edit: Edit, resources: Resources):
+    ``clip`` and ``identity`` are references; without a CLIP, and for a reconstruction, ``clip_direction`` is null.
+    """
+
+    def __init__(self, domain: Domain, edit: Edit, resources: Resources, clip: str | None = None, identity: str | None = None):
         self.domain, self.resources = domain, resources
-        self.clip = load_clip(domain.clip).to(resources.device)
-        self.direction = mix_direction(self.clip, edit)
+        self.clip = load_clip(clip).to(resources.device) if clip and edit.parts else None
+        self.direction = mix_direction(self.clip, edit) if self.clip else None
+        self.identity = load_identity(identity).to(resources.device) if identity else None
         self.judge = load_judge(domain.judge) if domain.judge else None
         self.factors = tuple(self.judge.heads) if self.judge else ()
 
@@ -36,7 +41,7 @@ class Score:
             scores = self._scores(*(codec.to_tensor([p for row in part if (p := column[row]) is not None]) for column in (sources, edited)))
             for row, values in zip(part, scores, strict=True):
                 rows[row] = values
-        for column in schema.scores_schema(self.factors):
+        for column in schema.scores_schema(self.factors, self.identity is not None):
             table = table.append_column(column, pa.array([row.get(column.name) for row in rows], column.type))
         return table.drop_columns(["error"]).append_column("error", pa.array(errors, pa.string()))
 
@@ -46,17 +51,22 @@ class Score:
             "mae": mean_absolute_error(source, edited).tolist(),
             "ssim": structural_similarity(source, edited).tolist(),
         }
-        if self.direction is not None:
+        if self.identity is not None:
+            columns["identity"] = self._identity(source.to(device), edited.to(device))
+        if self.clip is not None and self.direction is not None:
             similarity = directional_score(self.clip, source.to(device), edited.to(device), self.direction)
             columns["clip_direction"] = similarity.tolist()
         if self.judge is not None:
             columns |= {"factors_before": self.judge.read(source), "factors_after": self.judge.read(edited)}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
+    @torch.no_grad()
+    def _identity(self, source: Tensor, edited: Tensor) -> list[float]:
+        assert self.identity is not None
+        return self.identity.similarity(source, edited).tolist()
 
-def mix_direction(clip: Clip, edit: Edit) -> Tensor | None:
-    """(D,) of length 1: the weighted mean of the parts' text directions; None for a reconstruction."""
-    if not edit.parts:
-        return None
+
+def mix_direction(clip: Clip, edit: Edit) -> Tensor:
+    """(D,) of length 1: the weighted mean of the parts' text directions; there must be a part."""
     directions = [part.weight * clip.text_direction(part.source, part.target) for part in edit.parts]
     return torch.nn.functional.normalize(torch.stack(directions).sum(0), dim=0)

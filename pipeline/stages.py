@@ -4,7 +4,8 @@ A stage is built once on each worker and called with many tables. A row whose ``
 only decoding can set it.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from models.diffusion import NoiseModel, blend, walk
+from models.diffusion import Draw, NoiseModel, blend, project, stochastic_walk, walk
 from models.domains import Domain
 from models.recipe import Recipe
 from models.unet import load_alpha_bars, load_base, load_edit_model
@@ -22,14 +23,33 @@ from pipeline.config import Edit, Resources
 Stage = Callable[[pa.Table], pa.Table]
 
 
-def padded_batches(images: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Batches of exactly ``size`` and how many of their images count; the last is filled up with copies of its last.
+def in_batches(images: Tensor, ids: Sequence[str], resources: Resources, work: Callable[[Tensor, Sequence[str]], Tensor]) -> Tensor:
+    """``work`` on batches of exactly ``resources.batch`` images with their ids, on the device; the last is filled up.
 
     One shape for all batches means one arithmetic: an image's pixels do not depend on how many rows came with it.
     """
-    for part in images.split(size):
+    done, size = [], resources.batch
+    for start in range(0, len(images), size):
+        part, names = images[start : start + size], list(ids[start : start + size])
         missing = size - len(part)
-        yield (torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part), len(part)
+        full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
+        done.append(work(full.to(resources.device), names + names[-1:] * missing)[: len(part)].cpu())
+    return torch.cat(done)
+
+
+def row_noise(ids: Sequence[str], like: Tensor, seed: int, purpose: str) -> Draw:
+    """Fresh noise that belongs to a row (by its id), the seed and the purpose: never to the rows beside it, and the same
+    on every device, because it is drawn on the CPU."""
+
+    def draw(i: int) -> Tensor:
+        noise = [torch.randn(like.shape[1:], generator=_generator(f"{seed}/{purpose}/{i}/{name}")) for name in ids]
+        return torch.stack(noise).to(like.device)
+
+    return draw
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True))
 
 
 def finite(images: Tensor, recipe: Recipe) -> Tensor:
@@ -40,11 +60,12 @@ def finite(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 class Invert:
-    """image -> latent: the base model's walk up. Adds ``latent`` and ``error``."""
+    """image -> latent: the base model's walk up, after projections into its domain if the recipe asks for them.
+    Adds ``latent`` and ``error``."""
 
     def __init__(self, domain: Domain, recipe: Recipe, resources: Resources):
         self.domain, self.recipe, self.resources = domain, recipe, resources
-        self.model = load_base(domain.weights, recipe.precision).to(resources.device)
+        self.model = load_base(domain.weights, recipe.precision, recipe.class_label).to(resources.device)
         self.alpha_bars = load_alpha_bars(domain.weights)
         self.path = recipe.up(self.alpha_bars)
 
@@ -54,19 +75,21 @@ class Invert:
         good = [row for row, error in enumerate(errors) if error is None]
         latents: list[np.ndarray | None] = [None] * len(errors)
         if good:
-            up = self._walk(codec.to_tensor([p for p in pictures if p is not None]))
+            names = table["id"].take(pa.array(good)).to_pylist()
+            up = in_batches(codec.to_tensor([p for p in pictures if p is not None]), names, self.resources, self._walk)
+            finite(up, self.recipe)
             for row, latent in zip(good, up.numpy(), strict=True):
                 latents[row] = latent
         column = codec.latents_to_arrow(latents, size)
         return table.append_column("latent", column).append_column("error", pa.array(errors, pa.string()))
 
     @torch.no_grad()
-    def _walk(self, x0: Tensor) -> Tensor:
-        done = []
-        for batch, count in padded_batches(x0, self.resources.batch):
-            up = walk(self.model, batch.to(self.resources.device), self.path, self.alpha_bars, self.recipe.order)
-            done.append(up[:count].cpu())
-        return finite(torch.cat(done), self.recipe)
+    def _walk(self, x0: Tensor, ids: Sequence[str]) -> Tensor:
+        recipe, alpha_bars = self.recipe, self.alpha_bars
+        if recipe.projections:
+            noise = row_noise(ids, x0, recipe.seed, "projection")
+            x0 = project(self.model, x0, recipe.projection(alpha_bars), alpha_bars, recipe.projections, noise)
+        return walk(self.model, x0, self.path, alpha_bars, recipe.order)
 
 
 class Apply:
@@ -79,11 +102,13 @@ class Apply:
         self.model = self._mix()
 
     def _mix(self) -> NoiseModel:
-        folder, precision = self.domain.weights, self.recipe.precision
-        base, *weights = self.edit.weights
-        models = [(load_base(folder, precision), base)] if base else []
-        models += [(load_edit_model(folder, p.file, precision), w) for p, w in zip(self.edit.parts, weights, strict=True) if w]
-        return blend([m.to(self.resources.device) for m, _ in models], [w for _, w in models])
+        """Base and edit models that have any weight anywhere, blended."""
+        base, how = self.domain.weights, (self.recipe.precision, self.recipe.class_label)
+        table = self.edit.weights
+        used = [i for i in range(1 + len(self.edit.parts)) if any(row[i] for row in table.values())]
+        models = [load_edit_model(base, self.edit.parts[i - 1].file, *how) if i else load_base(base, *how) for i in used]
+        rows = {start: [row[i] for i in used] for start, row in table.items()}
+        return blend([model.to(self.resources.device) for model in models], rows)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         size = self.domain.image_size
@@ -92,7 +117,9 @@ class Apply:
         good = [row for row, error in enumerate(errors) if error is None]
         if good:
             latents = codec.latents_from_arrow(table["latent"].take(pa.array(good)), size)
-            for row, picture in zip(good, codec.to_pictures(self._walk(latents)), strict=True):
+            names = table["id"].take(pa.array(good)).to_pylist()
+            down = finite(in_batches(latents, names, self.resources, self._walk), self.recipe)
+            for row, picture in zip(good, codec.to_pictures(down), strict=True):
                 edited[row] = {"bytes": codec.encode_png(picture), "path": None}
         count = len(errors)
         return (
@@ -103,9 +130,8 @@ class Apply:
         )
 
     @torch.no_grad()
-    def _walk(self, latents: Tensor) -> Tensor:
-        done = []
-        for batch, count in padded_batches(latents, self.resources.batch):
-            down = walk(self.model, batch.to(self.resources.device), self.path, self.alpha_bars, self.recipe.order)
-            done.append(down[:count].cpu())
-        return finite(torch.cat(done), self.recipe)
+    def _walk(self, latents: Tensor, ids: Sequence[str]) -> Tensor:
+        recipe, alpha_bars = self.recipe, self.alpha_bars
+        if recipe.eta:
+            return stochastic_walk(self.model, latents, self.path, alpha_bars, recipe.eta, row_noise(ids, latents, recipe.seed, "down"))
+        return walk(self.model, latents, self.path, alpha_bars, recipe.order)

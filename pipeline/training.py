@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -21,9 +21,9 @@ import torch.distributed as dist
 from ray.train import Checkpoint, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.attributes import ATTRIBUTES
+from models.attributes import attributes_of
 from models.domains import Domain
 from models.weights import Card, fingerprint, save_edit_model
 from pipeline import codec
@@ -32,8 +32,13 @@ from pipeline.dataset import block_dataset, latent_mismatch
 from pipeline.sources import Input, absolute, find, only_usable, plan_blocks
 
 if TYPE_CHECKING:
-    from models.finetune import Objective
+    from models.finetune import Objective, Training
     from models.unet import NoiseUNet
+
+
+STATE, METRICS, WEIGHTS = "training.pt", "metrics.json", "weights.safetensors"
+"""Files of a checkpoint."""
+LOSSES = ("loss", "clip", "l1", "identity", "similarity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
 
 def word_problems(domain: Domain, *texts: str) -> list[str]:
     """Sentences about texts that the domain's CLIP cannot understand; empty for a real CLIP."""
-    listed = {text for a in ATTRIBUTES.values() if a.domain == domain.name for text in (a.source, a.target)}
+    listed = {text for a in attributes_of(domain.family).values() for text in (a.source, a.target)}
     if not domain.known_words_only or listed.issuperset(texts):
         return []
     from models.clip import load_clip
@@ -110,93 +115,120 @@ def load_latents(shard: ray.data.DataIterator, limit: int, size: int) -> tuple[T
     return torch.cat(latents)[:limit], torch.cat(pictures)[:limit]
 
 
-def average_gradients(model: nn.Module) -> None:
-    """The mean of all workers' gradients. By hand, because DistributedDataParallel expects one forward a backward, and a
-    walk has many."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
+def average_over_workers(tensors: Iterable[Tensor]) -> None:
+    """Replaces tensors by their means over all workers. By hand, because DistributedDataParallel expects one forward a
+    backward, and a walk has many."""
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """One worker of one attribute: trains, reports each epoch with a checkpoint, goes on from the last checkpoint."""
     run, journal = config["run"], config["journal"]
-    context = ray.train.get_context()
+    tuning, context = run.tuning, ray.train.get_context()
     workers, rank = context.get_world_size(), context.get_world_rank()
     shard = ray.train.get_dataset_shard("train")
-    loading = ThreadPoolExecutor(1).submit(load_latents, shard, -(-run.tuning.images // workers), run.domain.image_size)
+    share = [-(-count // workers) for count in (tuning.images, tuning.held_out)]
+    loading = ThreadPoolExecutor(1).submit(load_latents, shard, sum(share), run.domain.image_size)
 
-    from models.finetune import finetune, make_optimizer  # only workers need the networks; importing them takes as long as reading
-    from models.unet import load_base
+    from models.finetune import alone, finetune, references, start_training, steps_per_epoch  # slow to import
 
     torch.set_num_threads(max(1, round(run.cpus)))
-    torch.manual_seed(run.tuning.seed)
+    torch.manual_seed(tuning.seed)
     device = "cuda" if run.gpus > 0 else "cpu"
-    model = deepcopy(load_base(run.domain.weights, run.recipe.precision)).requires_grad_(True).to(device)
-    optimizer = make_optimizer(model, run.tuning)
+    model = make_model(run).to(device)
     objective = make_objective(run, device)
-    latents, x0 = loading.result()
-    epoch = _restore(model, optimizer, device)
+    training = start_training(model, tuning, device, run.recipe.precision)
+    latents, x0 = (images.to(device) for images in loading.result())
+    reference = references(model, latents, x0, objective)  # before any checkpoint is loaded: by the base model
+    (latents, unseen), (reference, before) = (split_held_out(images, share[1]) for images in (latents, reference))
+    _restore(training, device)
+    per_epoch = steps_per_epoch(len(latents), tuning, objective.path)
+    counts = {"images": len(latents) * workers, "steps": per_epoch * tuning.epochs}
+    average = average_over_workers if workers > 1 else alone
     sums: dict[str, float] = {}
-    steps = finetune(
-        model,
-        optimizer,
-        latents.to(device),
-        x0.to(device),
-        objective,
-        start_epoch=epoch,
-        average_gradients=average_gradients if workers > 1 else lambda model: None,
-    )
-    per_epoch = -(-len(latents) // run.tuning.batch)
-    for losses in steps:
+    for told in finetune(training, latents, reference, objective, held_out=(unseen, before) if len(unseen) else None, average=average):
         if rank == 0:
-            journal.add.remote(run.attribute, {**losses, "steps": per_epoch * run.tuning.epochs, "images": len(latents) * workers})
-        sums = {k: sums.get(k, 0.0) + losses[k] / per_epoch for k in ("loss", "clip", "l1", "similarity")}
-        if losses["step"] % per_epoch == 0:
-            _report(
-                model, optimizer, {**sums, "epoch": losses["epoch"] + 1, "step": losses["step"], "images": len(latents) * workers}, rank
-            )
+            journal.add.remote(run.attribute, {**told, **counts})
+        sums = {name: sums.get(name, 0.0) + told[name] / per_epoch for name in LOSSES if name in told}
+        if told["epoch_done"]:
+            metrics: dict[str, float] = {**sums, **counts, "epoch": training.epoch, "step": told["step"]}
+            if "held_out" in told:
+                metrics["held_out"] = told["held_out"]
+            _report(training, metrics, run, rank)
             sums = {}
 
 
+def split_held_out(images: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
+    """Images to train on, and the last ones, at most half of all, that are held out."""
+    count = len(images) - min(held_out, len(images) // 2)
+    return images[:count], images[count:]
+
+
+def make_model(run: TuneRun) -> "NoiseUNet":
+    """A copy of the base model whose parameters that require gradients are what the run trains."""
+    from models.unet import load_base, trainable
+
+    model = deepcopy(load_base(run.domain.weights, run.recipe.precision, run.recipe.class_label))
+    if run.tuning.rank is not None:
+        from models.lora import add
+
+        add(model.unet, run.tuning.rank, run.tuning.seed)
+    else:
+        for parameter in trainable(model):
+            parameter.requires_grad_(True)
+    return model
+
+
 def make_objective(run: TuneRun, device: str) -> "Objective":
-    """The text direction and the walk of an attribute's training; the ladder is of the editing family, but shorter."""
+    """The text directions and the walk of an attribute's training; the ladder is of the editing family, but shorter."""
+    from models.identity import load_identity
+
     from models.clip import load_clip
     from models.finetune import Objective
     from models.unet import load_alpha_bars
 
-    clip, alpha_bars = load_clip(run.domain.clip).to(device), load_alpha_bars(run.domain.weights)
+    clips = [load_clip(reference).to(device) for reference in run.clips or (run.domain.clip,)]
+    alpha_bars = load_alpha_bars(run.domain.weights)
     return Objective(
-        clip=clip,
-        direction=clip.text_direction(run.source_text, run.target_text),
+        clips=tuple((clip, clip.text_direction(run.source_text, run.target_text)) for clip in clips),
         path=replace(run.recipe, steps_down=run.tuning.steps_down).down(alpha_bars),
         alpha_bars=alpha_bars,
         order=run.recipe.order,
         tuning=run.tuning,
+        identity=load_identity(run.identity).to(device) if run.identity and run.tuning.id_weight else None,
     )
 
 
-def _restore(model: "NoiseUNet", optimizer: torch.optim.Optimizer, device: str) -> int:
-    """Loads the last checkpoint, if there is one, and returns the epoch to go on with."""
+def _restore(training: "Training", device: str) -> None:
+    """Loads the last checkpoint, if there is one."""
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        model.unet.load_state_dict(load_file(Path(folder, "model.safetensors")))
-        optimizer.load_state_dict(torch.load(Path(folder, "optimizer.pt"), weights_only=True, map_location=device))
-        return int(json.loads(Path(folder, "state.json").read_text())["epoch"])
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            training.load_state_dict(torch.load(Path(folder, STATE), weights_only=True, map_location=device))
 
 
-def _report(model: "NoiseUNet", optimizer: torch.optim.Optimizer, metrics: dict[str, float], rank: int) -> None:
+def _report(training: "Training", metrics: dict[str, float], run: TuneRun, rank: int) -> None:
+    """Reports an epoch with a checkpoint; the last one holds the finished weights too."""
     if rank != 0:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.unet.state_dict().items()}, Path(folder, "model.safetensors"))
-        torch.save(optimizer.state_dict(), Path(folder, "optimizer.pt"))
-        Path(folder, "state.json").write_text(json.dumps(metrics))
+        torch.save(training.state_dict(), Path(folder, STATE))
+        Path(folder, METRICS).write_text(json.dumps(metrics))
+        if training.done or training.epoch == run.tuning.epochs:
+            training.finish()
+            save_file(finished_weights(training.model, run.tuning.rank), Path(folder, WEIGHTS))
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+def finished_weights(model: Any, rank: int | None) -> dict[str, Tensor]:
+    """What an edit model holds: the whole network, or its low-rank weights where only those were trained."""
+    from models import lora
+
+    state = model.unet.state_dict() if rank is None else lora.state(model.unet)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 # ---- on the driver ---------------------------------------------------------------------------------------------------
@@ -219,8 +251,9 @@ class Journal:
 def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     """Trains one attribute with Ray Train and saves its edit model. Raises what the training raised."""
     run, started = plan.run, time.monotonic()
-    rows = [block for block in plan_blocks(plan.found, 64) if block.start < run.tuning.images * 2]
-    dataset = block_dataset(plan.found, rows).map_batches(only_usable, batch_format="pyarrow").limit(run.tuning.images)
+    wanted = run.tuning.images + run.tuning.held_out
+    rows = [block for block in plan_blocks(plan.found, 64) if block.start < wanted * 2]
+    dataset = block_dataset(plan.found, rows).map_batches(only_usable, batch_format="pyarrow").limit(wanted)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"run": run, "journal": journal},
@@ -235,8 +268,8 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     result = trainer.fit()
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
-        state = load_file(Path(folder, "model.safetensors"))
-        metrics = json.loads(Path(folder, "state.json").read_text())
+        state = load_file(Path(folder, WEIGHTS))
+        metrics = json.loads(Path(folder, METRICS).read_text())
     file = save_edit_model(run.output, state, make_card(run, metrics))
     shutil.rmtree(storage / plan.name, ignore_errors=True)
     with suppress(OSError):  # other attributes may still have theirs
@@ -255,7 +288,9 @@ def make_card(run: TuneRun, metrics: dict[str, float]) -> Card:
         tuning=asdict(run.tuning),
         images=int(metrics["images"]),
         steps=int(metrics["step"]),
-        losses={name: round(metrics[name], 5) for name in ("loss", "clip", "l1", "similarity")},
+        rank=run.tuning.rank,
+        clips=list(run.clips or (run.domain.clip,)),
+        losses={name: round(metrics[name], 5) for name in (*LOSSES, "held_out") if name in metrics},
         versions=versions(),
     )
 

@@ -78,8 +78,23 @@ def test_an_edit_asked_for_twice_would_overwrite_itself() -> None:
 )
 def test_an_edit_has_a_name_and_weights_that_sum_to_one(edit: Edit, attribute: str, name: str, weights: list[float]) -> None:
     assert (edit.attribute, edit.name) == (attribute, name)
-    assert edit.weights == pytest.approx(weights)
-    assert sum(edit.weights) == pytest.approx(1)
+    assert edit.weights == {0: pytest.approx(weights)}
+    assert sum(edit.weights[0]) == pytest.approx(1)
+
+
+def test_weights_by_timestep_leave_the_rest_of_each_range_to_the_base_model() -> None:
+    edit = Edit(parts=(part("hat"), part("sad")), ranges=((0, (0.15, 0.15)), (300, (0.5, 0.5))), degree=0.5)
+    assert edit.weights == {0: pytest.approx([0.85, 0.075, 0.075]), 300: pytest.approx([0.5, 0.25, 0.25])}
+    assert edit.name == "hat_and_sad_by_timestep_x0.5"
+    assert replace(RUN, edits=(edit,)).problems() == []
+    late = replace(edit, ranges=edit.ranges[1:])
+    assert "must say what holds from timestep 0; the lowest given is 300" in replace(RUN, edits=(late,)).problems()[0]
+
+
+def test_the_clip_that_scores_is_the_domains_unless_another_or_none_is_asked_for() -> None:
+    assert RUN.clip == RUN.domain.clip
+    assert replace(RUN, score_clip="ViT-B-32/openai").clip == "ViT-B-32/openai"
+    assert replace(RUN, score_clip="none").clip is None
 
 
 def test_a_name_that_is_not_in_the_table_is_answered_with_those_that_are() -> None:
@@ -103,6 +118,9 @@ def test_a_tuning_run_names_the_problems_of_all_its_numbers() -> None:
     )
     assert run.problems() == []
     assert len(replace(run, recipe=Recipe(solver="x"), tuning=Tuning(epochs=0), workers=0).problems()) == 3
+    (problem,) = replace(run, tuning=Tuning(id_weight=0.3)).problems()
+    assert "needs the weights of a face recognition network" in problem
+    assert replace(run, tuning=Tuning(id_weight=0.3), identity="model_ir_se50.pth").problems() == []
 
 
 def test_versions_name_what_decides_arithmetic_and_files() -> None:

@@ -6,11 +6,27 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from tiny import tiny_unet
 from torch import Tensor
 
-from models.diffusion import CLEAN, SPACINGS, NoiseModel, blend, ladder, linear_alpha_bars, path_down, path_up, walk
+from models.diffusion import (
+    CLEAN,
+    SPACINGS,
+    NoiseModel,
+    alpha_bar_at,
+    blend,
+    ladder,
+    linear_alpha_bars,
+    moves,
+    noised,
+    path_down,
+    path_up,
+    predicted_x0,
+    project,
+    stochastic_walk,
+    walk,
+)
 from models.unet import NoiseUNet
 
 ALPHA_BARS = linear_alpha_bars()
@@ -310,6 +326,107 @@ def test_a_walk_keeps_its_argument_and_a_path_of_one_rung_goes_nowhere() -> None
 def test_an_order_without_a_solver_is_refused() -> None:
     with pytest.raises(ValueError, match=r"1 \(DDIM\) or 2 \(Adams-Bashforth\); got 3"):
         walk(Recorder(), noise(1, 3, 2, 2), [0, 1], ALPHA_BARS, 3)
+
+
+# ---- fresh noise -----------------------------------------------------------------------------------------------------
+
+
+def draw(i: int) -> Tensor:
+    return noise(2, 3, 8, 8, seed=100 + i)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("path", [[500, 400, 137, 60, 0, CLEAN], [3, 2, 1, 0, CLEAN]], ids=["skipped", "adjacent"])
+def test_a_stochastic_walk_is_that_of_diffusers_also_over_skipped_steps(eta: float, path: list[int]) -> None:
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True)
+    model, x = Recorder(), noise(2, 3, 8, 8)
+    got = stochastic_walk(model, x, path, ALPHA_BARS, eta, draw)
+    want = x
+    for i, (t, below) in enumerate(pairwise(path)):
+        scheduler.num_inference_steps = 1000 // (t - below)
+        scheduler.config.num_train_timesteps = scheduler.num_inference_steps * (t - below)  # so that it steps to ``below``
+        prediction = model(want, torch.full((2,), t))
+        want = scheduler.step(prediction, t, want, eta=eta, variance_noise=draw(i)).prev_sample
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got, stochastic_walk(model, x, path, ALPHA_BARS, eta, draw))
+
+
+def test_without_fresh_noise_it_is_the_deterministic_walk_and_draws_nothing() -> None:
+    def none(i: int) -> Tensor:
+        raise AssertionError("drew noise")
+
+    path, x = path_down(300, 7, "sigma", ALPHA_BARS), noise(2, 3, 8, 8)
+    got = stochastic_walk(Recorder(), x, path, ALPHA_BARS, 0.0, none)
+    torch.testing.assert_close(got, walk(Recorder(), x, path, ALPHA_BARS), rtol=1e-5, atol=1e-5)
+
+
+def test_full_fresh_noise_over_single_timesteps_is_the_ddpm_posterior() -> None:
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, variance_type="fixed_small")
+    x, t = noise(2, 3, 8, 8), 250
+    prediction = Recorder()(x, torch.full((2,), t))
+    level = float(ALPHA_BARS[t])
+    mean = stochastic_walk(Recorder(), x, [t, t - 1], ALPHA_BARS, 1.0, lambda i: torch.zeros_like(x))
+    spread = stochastic_walk(Recorder(), x, [t, t - 1], ALPHA_BARS, 1.0, lambda i: torch.ones_like(x)) - mean
+    betas, before = scheduler.betas[t], float(ALPHA_BARS[t - 1])
+    clean = predicted_x0(x, prediction, level)
+    want = (before**0.5 * betas / (1 - level)) * clean + ((1 - betas) ** 0.5 * (1 - before) / (1 - level)) * x
+    torch.testing.assert_close(mean, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(spread.mean(), scheduler._get_variance(t).sqrt(), rtol=1e-3, atol=0)
+
+
+def test_a_stochastic_walk_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="leads down"):
+        stochastic_walk(Recorder(), noise(1, 3, 8, 8), [0, 10], ALPHA_BARS, 0.5, draw)
+
+
+def test_a_projection_noises_to_the_top_of_its_path_and_walks_down_as_often_as_asked() -> None:
+    path, x = [500, 250, 0, CLEAN], noise(2, 3, 8, 8)
+    want = x
+    for i in range(2):
+        level = ALPHA_BARS[500]  # the official code noises to the timestep below, and then starts here
+        want = walk(Recorder(), level.sqrt() * want + (1 - level).sqrt() * draw(i), path, ALPHA_BARS)
+    torch.testing.assert_close(project(Recorder(), x, path, ALPHA_BARS, 2, draw), want)
+    assert torch.equal(project(Recorder(), x, path, ALPHA_BARS, 0, draw), x)
+
+
+def test_projections_bring_an_image_from_far_away_into_the_domain() -> None:
+    model, path = gaussian(ALPHA_BARS, 0.5), path_down(500, 40, "sigma", ALPHA_BARS)
+    stranger = torch.full((1, 3, 64, 64), 4.0)
+    landed = project(model, stranger, path, ALPHA_BARS, 10, lambda i: noise(1, 3, 64, 64, seed=i))
+    assert abs(float(landed.mean())) < 0.02
+    assert float(landed.std()) == pytest.approx(0.5, rel=0.05)
+    once = project(model, stranger, path, ALPHA_BARS, 1, lambda i: noise(1, 3, 64, 64, seed=i))
+    assert float(once.mean()) > 0.2, "one projection is not enough"
+
+
+# ---- single steps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_moves_of_a_walk_are_its_steps_and_imply_clean_images(order: int) -> None:
+    path, x0 = path_down(300, 5, "linspace", ALPHA_BARS), noise(2, 3, 8, 8)
+    fresh = noise(2, 3, 8, 8, seed=1)
+    true = list(moves(lambda x, t: fresh, noised(x0, fresh, alpha_bar_at(ALPHA_BARS, 300)), path, ALPHA_BARS, order))
+    for move in true:  # where the prediction is the noise that was added, every rung implies the image itself
+        torch.testing.assert_close(predicted_x0(move.x, move.noise, move.alpha_bar), x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(true[-1].next_x, x0, rtol=1e-4, atol=1e-4)
+    assert [move.next_x is later.x for move, later in pairwise(true)] == [True] * 4
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_detached_moves_have_the_same_values_and_a_graph_of_one_model_call_each(order: int) -> None:
+    scale = torch.tensor(0.5, requires_grad=True)
+    path, x = path_down(300, 4, "sigma", ALPHA_BARS), noise(1, 3, 8, 8)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return scale * torch.tanh(x)
+
+    whole, cut = list(moves(model, x, path, ALPHA_BARS, order)), list(moves(model, x, path, ALPHA_BARS, order, detached=True))
+    for one, other in zip(whole, cut, strict=True):
+        assert torch.equal(one.next_x, other.next_x)
+        assert not other.x.requires_grad
+        gradient = torch.autograd.grad(other.noise.sum(), scale, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, torch.tanh(other.x).sum())
 
 
 # ---- blend -----------------------------------------------------------------------------------------------------------

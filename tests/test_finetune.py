@@ -1,7 +1,7 @@
 """What would be lost: the loss of the paper, a training that learns, and a resumed run that ends where the other would have."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -9,12 +9,24 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyDomain
+from tiny import save_clip
 from torch import Tensor, nn
 
 from models.clip import load_clip
-from models.diffusion import CLEAN
+from models.diffusion import CLEAN, walk
 from models.domains import Domain
-from models.finetune import Objective, edit_loss, finetune, make_optimizer
+from models.finetune import (
+    Objective,
+    Training,
+    checkpointed,
+    edit_losses,
+    finetune,
+    image_loss,
+    references,
+    similarity_of,
+    start_training,
+    steps_per_epoch,
+)
 from models.recipe import Tuning
 from models.unet import load_alpha_bars, load_base
 
@@ -31,8 +43,7 @@ def domain(tiny_domain: TinyDomain) -> Domain:
 def objective(domain: Domain) -> Objective:
     clip = load_clip(domain.clip)
     return Objective(
-        clip=clip,
-        direction=clip.text_direction("face", "smiling face"),
+        clips=((clip, clip.text_direction("face", "smiling face")),),
         path=PATH,
         alpha_bars=load_alpha_bars(domain.weights),
         order=1,
@@ -52,24 +63,149 @@ def pictures(count: int, seed: int) -> Tensor:
 LATENTS, X0 = pictures(5, 1), pictures(5, 2)
 
 
-def test_the_loss_is_that_of_the_paper_written_out(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
-    model, x, bars = fresh(), LATENTS, objective.alpha_bars
-    for t, level, below in ((300, bars[300], bars[150]), (150, bars[150], bars[0]), (0, bars[0], torch.tensor(1.0))):
-        noise = model(x, torch.full((5,), t))
-        x = below.sqrt() * (x - (1 - level).sqrt() * noise) / level.sqrt() + (1 - below).sqrt() * noise
-    change = objective.clip.image_features(x) - objective.clip.image_features(X0)
-    cosine = (change @ objective.direction) / change.norm(dim=1) / objective.direction.norm()
-    clip_term, l1_term = -(((1 + cosine) / 2).log()).mean(), (x - X0).abs().mean()
-    got = edit_loss(model, LATENTS, X0, objective)
-    want = {"loss": 3 * clip_term + 1 * l1_term, "clip": clip_term, "l1": l1_term, "similarity": cosine.mean()}
+def with_tuning(objective: Objective, **changes: Any) -> Objective:
+    return replace(objective, tuning=replace(objective.tuning, **changes))
+
+
+# ---- the loss and its gradient, against the equations written out ----------------------------------------------------
+
+
+def papers_step(model: nn.Module, x: Tensor, t: int, level: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted x0 and the next x of DDIM (eq. 12), written out."""
+    noise = model(x, torch.full((len(x),), t))
+    x0 = (x - (1 - level).sqrt() * noise) / level.sqrt()
+    return x0, below.sqrt() * x0 + (1 - below).sqrt() * noise
+
+
+def papers_levels(bars: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    return [(300, bars[300], bars[150]), (150, bars[150], bars[0]), (0, bars[0], torch.tensor(1.0))]
+
+
+def papers_loss(images: Tensor, x0: Tensor, objective: Objective) -> dict[str, Tensor]:
+    """Eq. 9 and 10 with the official code's -log((1 + cos) / 2), one CLIP, written out."""
+    ((clip, direction),) = objective.clips
+    change = clip.image_features(images) - clip.image_features(x0)
+    cosine = (change @ direction) / change.norm(dim=1) / direction.norm()
+    clip_term, l1_term = -(((1 + cosine) / 2).log()).mean(), (images - x0).abs().mean()
+    return {"loss": 3 * clip_term + 1 * l1_term, "clip": clip_term, "l1": l1_term, "similarity": cosine.mean()}
+
+
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_loss_and_gradient_are_those_of_the_paper_written_out(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    model, x = fresh(), LATENTS
+    for t, level, below in papers_levels(objective.alpha_bars):
+        _, x = papers_step(model, x, t, level, below)
+    want = papers_loss(x, X0, objective)
+    (got,) = list(edit_losses(model, LATENTS, X0, objective))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    cosine_form = replace(objective, tuning=replace(TUNING, form="cosine", clip_weight=2.0, l1_weight=0.0))
-    torch.testing.assert_close(edit_loss(model, LATENTS, X0, cosine_form)["loss"], 2 * (1 - cosine).mean(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient(model, got["loss"]), gradient(model, want["loss"]), rtol=1e-3, atol=1e-4)
+    cosine_form = with_tuning(objective, form="cosine", clip_weight=2.0, l1_weight=0.0)
+    (got,) = list(edit_losses(model, LATENTS, X0, cosine_form))
+    torch.testing.assert_close(got["loss"], 2 * (1 - want["similarity"]), rtol=1e-4, atol=1e-4)
 
 
-def run(model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> list[dict[str, float]]:
-    optimizer = optimizer or make_optimizer(model, objective.tuning)
-    return list(finetune(model, optimizer, LATENTS, X0, objective, **options))
+def test_stepwise_trains_on_the_predicted_x0_of_every_step_with_the_graph_cut_between_them(
+    objective: Objective, fresh: Callable[[], nn.Module]
+) -> None:
+    model, x = fresh(), LATENTS
+    steps = edit_losses(model, LATENTS, X0, with_tuning(objective, memory="stepwise"))
+    for (t, level, below), got in zip(papers_levels(objective.alpha_bars), steps, strict=True):
+        x0, x = papers_step(model, x.detach(), t, level, below)
+        want = papers_loss(x0, X0, objective)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient(model, got["loss"]), gradient(model, want["loss"]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_recomputing_activations_gives_the_same_gradients(objective: Objective, fresh: Callable[[], nn.Module], order: int) -> None:
+    model, objective = fresh(), replace(objective, order=order)
+    (whole,) = list(edit_losses(model, LATENTS, X0, objective))
+    (again,) = list(edit_losses(model, LATENTS, X0, with_tuning(objective, memory="checkpoint")))
+    assert torch.equal(whole["loss"], again["loss"])
+    assert torch.equal(gradient(model, whole["loss"]), gradient(model, again["loss"]))
+
+
+def kept_numbers(model: nn.Module, losses: Iterator[dict[str, Tensor]]) -> int:
+    """The most numbers that are kept for one backward pass, parameters apart."""
+    own, most = {p.data_ptr() for p in model.parameters()}, 0
+    while True:
+        kept: list[int] = []
+
+        def pack(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(0 if tensor.data_ptr() in own else tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if next(losses, None) is None:
+                return most
+        most = max(most, sum(kept))
+
+
+def test_checkpoint_and_stepwise_keep_less_for_the_backward_pass_than_full(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    model = fresh()
+    kept = {
+        memory: kept_numbers(model, edit_losses(model, LATENTS, X0, with_tuning(objective, memory=memory)))
+        for memory in ("full", "checkpoint", "stepwise")
+    }
+    assert kept["checkpoint"] < 0.5 * kept["full"]
+    assert kept["stepwise"] < 0.5 * kept["full"]
+
+
+def test_several_clips_are_averaged_and_each_has_its_own_direction(
+    objective: Objective, fresh: Callable[[], nn.Module], tmp_path: Any
+) -> None:
+    other = load_clip(str(save_clip(tmp_path / "clip", seed=7)))
+    second = (other, other.text_direction("face", "smiling face"))
+    edited = walk(fresh(), LATENTS, PATH, objective.alpha_bars)
+    alone = [image_loss(edited, X0, replace(objective, clips=(pair,))) for pair in (*objective.clips, second)]
+    both = image_loss(edited, X0, replace(objective, clips=(*objective.clips, second)))
+    torch.testing.assert_close(both["clip"], (alone[0]["clip"] + alone[1]["clip"]) / 2)
+    assert abs(float((alone[0]["clip"] - alone[1]["clip"]).detach())) > 1e-3
+
+
+class Face(nn.Module):
+    """Stands where the recognition network stands: unit features that any pixel moves."""
+
+    def features(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(images.flatten(1)[:, :64] + 0.1, dim=-1)
+
+
+@pytest.mark.parametrize("memory", ["full", "stepwise"])
+def test_the_identity_loss_reaches_the_network_in_every_memory_mode(
+    objective: Objective, fresh: Callable[[], nn.Module], memory: str
+) -> None:
+    tuning = replace(TUNING, id_weight=0.5, clip_weight=0.0, l1_weight=0.0, memory=memory)
+    faces = replace(objective, tuning=tuning, identity=Face())  # type: ignore[arg-type]
+    model = fresh()
+    for losses in edit_losses(model, LATENTS, X0, faces):
+        torch.testing.assert_close(losses["loss"], 0.5 * losses["identity"])
+        assert float(gradient(model, losses["loss"]).abs().max()) > 1e-4  # zero in the official code's stepwise way
+
+
+def test_an_identity_weight_without_a_network_is_refused_and_never_a_silent_zero(objective: Objective) -> None:
+    with pytest.raises(ValueError, match="recognises faces"):
+        with_tuning(objective, id_weight=0.3)
+
+
+def test_the_reference_is_the_source_or_what_the_base_model_makes_of_it(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    model = fresh()
+    assert references(model, LATENTS, X0, objective) is X0
+    got = references(model, LATENTS, X0, with_tuning(objective, reference="reconstruction"))
+    torch.testing.assert_close(got, walk(model, LATENTS, PATH, objective.alpha_bars))
+    assert not got.requires_grad
+    (losses,) = list(edit_losses(model, LATENTS, got, with_tuning(objective, clip_weight=0.0)))
+    assert float(losses["l1"].detach()) < 1e-5, "the base model itself is no edit"
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def run(model: nn.Module, objective: Objective, training: Training | None = None, **options: Any) -> list[dict[str, float]]:
+    training = training or start_training(model, objective.tuning)
+    return list(finetune(training, LATENTS, X0, objective, **options))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -83,13 +219,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_training_changes_the_copy_and_neither_base_nor_clip_nor_data(
     domain: Domain, objective: Objective, fresh: Callable[[], nn.Module]
 ) -> None:
-    base, clip, model = weights(load_base(domain.weights)), weights(objective.clip), fresh()
+    base, clip, model = weights(load_base(domain.weights)), weights(objective.clips[0][0]), fresh()
     latents, x0 = LATENTS.clone(), X0.clone()
     run(model, objective)
     assert not same(base, weights(model))
     assert same(base, weights(load_base(domain.weights)))
-    assert same(clip, weights(objective.clip))
-    assert all(p.grad is None for p in objective.clip.parameters())
+    assert same(clip, weights(objective.clips[0][0]))
+    assert all(p.grad is None for p in objective.clips[0][0].parameters())
     assert torch.equal(latents, LATENTS)
     assert torch.equal(x0, X0)
 
@@ -115,7 +251,8 @@ def test_every_image_is_seen_once_in_every_epoch_in_another_order(objective: Obj
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert [(r["epoch"], r["step"]) for r in told] == [(e, 3 * e + i) for e in range(3) for i in (1, 2, 3)]
-    assert all(set(r) == {"epoch", "step", "loss", "clip", "l1", "similarity"} for r in told)
+    assert all(set(r) == {"epoch", "step", "loss", "clip", "l1", "similarity", "epoch_done"} for r in told)
+    assert [r["epoch_done"] for r in told] == [0, 0, 1] * 3
 
 
 @pytest.mark.parametrize("weights_of", [{"clip_weight": 0.0, "l1_weight": 1.0}, {"clip_weight": 1.0, "l1_weight": 0.0}], ids=["l1", "clip"])
@@ -127,28 +264,41 @@ def test_either_loss_falls_when_it_is_trained_on(
     assert told[-1]["loss"] < 0.8 * told[0]["loss"]
 
 
-def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
-    whole, first = fresh(), fresh()
-    expected = run(whole, objective)
-    optimizer = make_optimizer(first, TUNING)
-    stopped = run(first, replace(objective, tuning=replace(TUNING, epochs=1)), optimizer)
+def saved(training: Training) -> dict[str, Any]:
+    """A checkpoint as it comes back from a file, without running code."""
     file = io.BytesIO()
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    torch.save(training.state_dict(), file)
     file.seek(0)
-    checkpoint = torch.load(file, weights_only=True)
-    second = fresh()
-    second.load_state_dict(checkpoint["model"])
-    optimizer = make_optimizer(second, TUNING)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    assert stopped + run(second, objective, optimizer, start_epoch=1) == expected
-    assert same(weights(whole), weights(second))
+    return torch.load(file, weights_only=True)
+
+
+EXTRAS = {"plain": {}, "all": {"memory": "stepwise", "ema": 0.9, "held_out": 2, "patience": 5, "accumulate": 2}}
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
+    objective: Objective, fresh: Callable[[], nn.Module], extras: dict[str, Any]
+) -> None:
+    objective, options = with_tuning(objective, **extras), {"held_out": (X0, LATENTS)} if extras else {}
+    whole, first, second = (start_training(fresh(), objective.tuning) for _ in range(3))
+    expected = run(whole.model, objective, whole, **options)
+    stopped = []
+    for told in finetune(first, LATENTS, X0, objective, **options):  # type: ignore[arg-type]
+        stopped.append(told)
+        if told["epoch_done"]:
+            break
+    second.load_state_dict(saved(first))
+    assert stopped + run(second.model, objective, second, **options) == expected
+    for training in (whole, second):
+        training.finish()
+    assert same(weights(whole.model), weights(second.model))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
     runs = []
     for seed in (0, 0, 1):
         model = fresh()
-        run(model, replace(objective, tuning=replace(TUNING, epochs=1, seed=seed)))
+        run(model, with_tuning(objective, epochs=1, seed=seed))
         runs.append(weights(model))
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
@@ -156,22 +306,90 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(objective:
 
 def test_the_learning_rate_grows_with_each_epoch_also_after_a_resume(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
     for start in (0, 2):
-        model = fresh()
-        optimizer = make_optimizer(model, TUNING)
-        rates = {r["epoch"]: optimizer.param_groups[0]["lr"] for r in finetune(model, optimizer, LATENTS, X0, objective, start_epoch=start)}
+        training = start_training(fresh(), TUNING)
+        training.epoch = start
+        rates = {r["epoch"]: training.optimizer.param_groups[0]["lr"] for r in finetune(training, LATENTS, X0, objective)}
         assert rates == {e: pytest.approx(1e-3 * 1.3**e) for e in range(start, 3)}
+
+
+@pytest.mark.parametrize("memory", ["full", "stepwise"])
+def test_batches_that_are_accumulated_have_the_gradient_of_one_large_batch(
+    objective: Objective, fresh: Callable[[], nn.Module], memory: str
+) -> None:
+    gradients = []
+    for numbers in ({"batch": 5}, {"batch": 2, "accumulate": 3}):
+        seen: list[Tensor] = []
+        told = run(
+            fresh(),
+            with_tuning(objective, epochs=1, memory=memory, **numbers),
+            average=lambda tensors, seen=seen: seen.append(torch.cat([tensor.flatten() for tensor in tensors])),
+        )
+        assert len(told) == len(seen) == steps_per_epoch(5, replace(TUNING, memory=memory, **numbers), PATH)
+        gradients.append(seen[0])  # later ones are those of weights that Adam made of the signs of tiny gradients
+    assert len(told) == (1 if memory == "full" else 3)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_moving_average_is_saved_in_place_of_the_last_weights(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    objective = with_tuning(objective, ema=0.5)
+    training = start_training(fresh(), objective.tuning)
+    want = weights(training.model)
+    for _ in finetune(training, LATENTS, X0, objective):
+        want = {k: 0.5 * v + 0.5 * training.model.state_dict()[k] for k, v in want.items()}
+    last = weights(training.model)
+    training.finish()
+    torch.testing.assert_close(weights(training.model), want, rtol=1e-5, atol=1e-6)
+    assert not same(last, weights(training.model))
+
+
+def test_training_stops_when_held_out_images_get_no_better_and_keeps_the_best(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    tuning = replace(TUNING, epochs=30, learning_rate=0.03, learning_rate_growth=1.0, held_out=5, patience=2)
+    training, objective = start_training(fresh(), tuning), replace(objective, tuning=tuning)
+    told = [r for r in run(training.model, objective, training, held_out=(X0, LATENTS)) if r["epoch_done"]]
+    similarities = [r["held_out"] for r in told]
+    assert len(told) < 30, "a rate this high does not improve for ever"
+    assert similarities.index(max(similarities)) == len(similarities) - 3
+    training.finish()
+    assert similarity_of(training.model, X0, LATENTS, objective) == pytest.approx(max(similarities), abs=1e-6)
+
+
+def test_training_stops_at_the_similarity_that_is_enough(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    training = start_training(fresh(), TUNING)
+    told = run(training.model, with_tuning(objective, stop_at=-1.0, held_out=5), training, held_out=(X0, LATENTS))
+    assert [r["epoch"] for r in told if r["epoch_done"]] == [0]
+    assert run(training.model, objective, training) == [], "and a resumed run knows that it was done"
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.1), ("float16", 0.05)])
+def test_mixed_precision_trains_float32_weights(
+    domain: Domain, objective: Objective, fresh: Callable[[], nn.Module], precision: str, tolerance: float
+) -> None:
+    exact, model = fresh(), deepcopy(load_base(domain.weights, precision)).requires_grad_(True)
+    training = start_training(model, TUNING, "cpu", precision)
+    assert training.scaler.is_enabled() == (precision == "float16")
+    mixed, full = run(model, objective, training), run(exact, objective)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not same(weights(model), weights(load_base(domain.weights)))
+    assert mixed[0]["loss"] == pytest.approx(full[0]["loss"], rel=tolerance)
+
+
+def test_checkpointing_works_under_autocast_too(domain: Domain, objective: Objective) -> None:
+    model = deepcopy(load_base(domain.weights, "bfloat16")).requires_grad_(True)
+    x, t = LATENTS, torch.full((5,), 300)
+    torch.testing.assert_close(gradient(model, checkpointed(model)(x, t).sum()), gradient(model, model(x, t).sum()))
 
 
 def test_gradients_can_be_averaged_between_workers_before_each_step(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
     model, calls = fresh(), []
 
-    def silence(given: nn.Module) -> None:
-        calls.append(max(p.grad.abs().max() for p in given.parameters() if p.grad is not None))
-        for p in given.parameters():
-            p.grad = None
+    def silence(tensors: Iterable[Tensor]) -> None:
+        tensors = list(tensors)
+        calls.append(max(float(tensor.abs().max()) for tensor in tensors))
+        for tensor in tensors:
+            tensor.zero_()
 
     before = weights(model)
-    run(model, objective, average_gradients=silence)
+    run(model, objective, average=silence)
     assert len(calls) == 9
     assert min(calls) > 0
     assert same(before, weights(model)), "the step used gradients that were not those of all workers"

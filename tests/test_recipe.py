@@ -1,6 +1,6 @@
 """What would be lost: an impossible number is named before anything runs, and a latent says by which numbers it was made."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -27,6 +27,12 @@ def test_the_default_and_the_papers_recipe_are_possible() -> None:
         ({"solver": "euler"}, "solver is one of ddim, ab2; got 'euler'"),
         ({"spacing": "log"}, "spacing is one of linspace, sigma; got 'log'"),
         ({"precision": "int8"}, "precision is one of float32, bfloat16, float16; got 'int8'"),
+        ({"eta": 1.5, "solver": "ddim"}, r"eta must lie between 0 \(deterministic\) and 1 \(DDPM\); got 1.5"),
+        ({"eta": 0.5}, r"fresh noise \(eta 0.5\) needs the solver ddim; got ab2"),
+        ({"projections": -1}, "projections must not be negative; got -1"),
+        ({"projections": 1, "projection_step": 1000}, "the projection step must lie between 1 and 999; got 1000"),
+        ({"projections": 1, "projection_steps": 1}, "projection steps must lie between 2 and 501; got 1"),
+        ({"class_label": -1}, "the class label must not be negative; got -1"),
     ],
 )
 def test_an_impossible_number_is_named_with_what_is_possible(changed: dict[str, Any], message: str) -> None:
@@ -54,6 +60,8 @@ def test_every_recipe_without_problems_can_be_walked_at_the_price_it_says(spacin
         assert recipe.problems() == []
         assert len(recipe.up(ALPHA_BARS)) - 1 == recipe.calls_up
         assert len(recipe.down(ALPHA_BARS)) - 1 == recipe.calls_down
+        projected = replace(recipe, projections=3, projection_step=return_step, projection_steps=steps)
+        assert projected.calls_up - recipe.calls_up == 3 * (len(projected.projection(ALPHA_BARS)) - 1)
 
 
 def test_the_solver_decides_the_order() -> None:
@@ -73,8 +81,14 @@ def test_a_misspelt_part_of_a_recipe_is_no_silent_default() -> None:
 
 def test_latents_are_told_apart_by_all_that_made_them_and_not_by_how_they_will_be_used() -> None:
     assert Recipe(steps_down=5, precision="float16").of_latent() == Recipe().of_latent()
-    for other in (Recipe(return_step=401), Recipe(steps_up=21), Recipe(solver="ddim"), Recipe(spacing="linspace")):
+    for other in (Recipe(return_step=401), Recipe(steps_up=21), Recipe(solver="ddim"), Recipe(spacing="linspace"), Recipe(class_label=3)):
         assert other.of_latent() != Recipe().of_latent()
+
+
+def test_the_seed_makes_a_latent_only_where_it_was_projected() -> None:
+    assert Recipe(seed=1, projection_step=300).of_latent() == Recipe().of_latent()
+    made = {tuple(Recipe(projections=2, **other).of_latent().values()) for other in ({}, {"seed": 1}, {"projection_step": 300})}
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize(
@@ -86,9 +100,18 @@ def test_latents_are_told_apart_by_all_that_made_them_and_not_by_how_they_will_b
         ({"images": 0}, "images must be at least 1; got 0"),
         ({"learning_rate": 0.0}, "the learning rate must lie between 0 and 1; got 0.0"),
         ({"learning_rate": float("nan")}, "the learning rate must lie between 0 and 1; got nan"),
-        ({"clip_weight": -1.0}, "loss weights must not be negative nor all 0; got clip -1.0, l1 1.0"),
-        ({"clip_weight": 0.0, "l1_weight": 0.0}, "loss weights must not be negative nor all 0; got clip 0.0, l1 0.0"),
-        ({"form": "l2"}, "the form of the directional loss is one of log, cosine; got 'l2'"),
+        ({"clip_weight": -1.0}, "loss weights must not be negative nor all 0; got clip -1.0, l1 1.0, id 0.0"),
+        ({"clip_weight": 0.0, "l1_weight": 0.0}, "loss weights must not be negative nor all 0; got clip 0.0, l1 0.0, id 0.0"),
+        ({"l1_weight": float("nan")}, "loss weights must not be negative nor all 0; got clip 3.0, l1 nan, id 0.0"),
+        ({"form": "l2"}, "form is one of log, cosine; got 'l2'"),
+        ({"reference": "target"}, "reference is one of source, reconstruction; got 'target'"),
+        ({"memory": "little"}, "memory is one of full, checkpoint, stepwise; got 'little'"),
+        ({"accumulate": 0}, "accumulate must be at least 1; got 0"),
+        ({"learning_rate_growth": 0.0}, "the growth of the learning rate must lie between 0 and 10 (1 = constant); got 0.0"),
+        ({"rank": 0}, "the rank of low-rank weights must lie between 1 and 256; got 0"),
+        ({"ema": 1.0}, "the decay of the moving average must lie between 0 and 1; got 1.0"),
+        ({"patience": 2}, "stopping early needs images to measure it on: give held_out as well"),
+        ({"stop_at": 0.3}, "stopping early needs images to measure it on: give held_out as well"),
     ],
 )
 def test_an_impossible_tuning_is_named(changed: dict[str, Any], message: str) -> None:

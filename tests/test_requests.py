@@ -1,5 +1,6 @@
 """Names that people type: every wrong one gets an answer that helps."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,32 @@ PIXELFACE = DOMAINS["pixelface"]
 
 
 def test_a_mix_without_weights_shares_evenly_and_with_weights_keeps_them():
-    assert parse_mix("glasses,smiling") == [("glasses", 0.5), ("smiling", 0.5)]
-    assert parse_mix(" glasses=0.7 , smiling=-1") == [("glasses", 0.7), ("smiling", -1.0)]
+    assert parse_mix("glasses,smiling") == {0: {"glasses": 0.5, "smiling": 0.5}}
+    assert parse_mix(" glasses=0.7 , smiling=-1") == {0: {"glasses": 0.7, "smiling": -1.0}}
 
 
-@pytest.mark.parametrize("text", ["glasses", "", "glasses=", "glasses=x,smiling=1", ","])
-def test_a_mix_that_makes_no_sense_is_refused(text):
-    with pytest.raises(ConfigError):
+def test_a_mix_by_timesteps_says_what_holds_from_where_and_may_name_the_base_model():
+    assert parse_mix("300:glasses=1; 0:glasses=0.3,base=0.7") == {0: {"glasses": 0.3, "base": 0.7}, 300: {"glasses": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("glasses", "at least two attributes"),
+        ("", "at least two attributes"),
+        (",", "at least two attributes"),
+        ("0:glasses=1;300:glasses=0.5", "at least two attributes"),
+        ("glasses=", "must be a number; got ''"),
+        ("glasses=x,smiling=1", "must be a number; got 'x'"),
+        ("glasses=nan,smiling=1", "between -10 and 10; got nan"),
+        ("glasses=1,glasses=1", "names 'glasses' twice"),
+        ("high:glasses=1;0:smiling=1", "starts with a timestep, like 300:glasses=1; got 'high'"),
+        ("300:glasses=1;300:smiling=1", "says twice what holds from timestep 300"),
+        ("glasses=0.7,base=0.7", "must sum to 1; they sum to 1.4"),
+    ],
+)
+def test_a_mix_that_makes_no_sense_is_refused_with_what_would(text, says):
+    with pytest.raises(ConfigError, match=says):
         parse_mix(text)
 
 
@@ -34,15 +54,21 @@ def test_edits_are_every_attribute_and_mix_at_every_degree_but_the_reconstructio
     edits = make_edits(PIXELFACE, ["none", "glasses"], ["glasses=1,smiling=1"], [0.5, 1.0], [])
     names = ["none", "glasses_x0.5", "glasses", "glasses_and_smiling_x0.5", "glasses_and_smiling"]
     assert [edit.name for edit in edits] == names
-    assert edits[-1].weights == [-1.0, 1.0, 1.0]
+    assert edits[-1].weights == {0: [-1.0, 1.0, 1.0]}
+
+
+def test_a_mix_by_timesteps_becomes_an_edit_whose_parts_know_their_mean_weight():
+    (edit,) = make_edits(PIXELFACE, [], ["0:glasses=0.25,base=0.75;300:glasses=0.75,smiling=0.25"], [1.0], [])
+    assert edit.weights == {0: [0.75, 0.25, 0.0], 300: [0.0, 0.75, 0.25]}
+    assert [(part.name, part.weight) for part in edit.parts] == [("glasses", 0.5), ("smiling", 0.125)]
 
 
 def test_ones_own_edit_models_come_before_the_ready_made_ones(tmp_path):
-    own = tmp_path / "glasses.safetensors"
-    own.touch()
-    found = edit_models(PIXELFACE, [tmp_path])
-    assert found["glasses"] == own
-    assert found["smiling"].parent == Path(PIXELFACE.edits)
+    for file in Path(PIXELFACE.edits).glob("glasses.*"):
+        shutil.copy(file, tmp_path)
+    found = edit_models(PIXELFACE, [str(tmp_path)])
+    assert Path(found["glasses"]) == tmp_path / "glasses.safetensors"
+    assert Path(found["smiling"]).parent == Path(PIXELFACE.edits)
 
 
 def test_the_recipe_is_the_domains_unless_something_is_given():

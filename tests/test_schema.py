@@ -40,12 +40,13 @@ def test_an_edits_table_has_scores_and_what_the_judge_reads_only_where_there_is_
     assert judged.names == ["id", "image", *USER.names, *made, "factors_before", "factors_after", "error"]
     assert judged.field("factors_after").type == pa.struct([("hat", pa.string()), ("mouth", pa.string())])
     assert schema.about(plain)["kind"] == "edits"
+    assert schema.edits_schema(USER, (), ABOUT, identity=True).names == ["id", "image", *USER.names, *made, "identity", "error"]
 
 
 @pytest.mark.parametrize("kind", ["latents", "edits"])
 def test_every_column_we_add_is_a_name_the_user_must_not_have(kind: str) -> None:
     empty = pa.schema([])
-    made = schema.latents_schema(empty, 4, {}) if kind == "latents" else schema.edits_schema(empty, ("hat",), {})
+    made = schema.latents_schema(empty, 4, {}) if kind == "latents" else schema.edits_schema(empty, ("hat",), {}, identity=True)
     assert set(made.names) - {"id", "image"} == set(schema.own_columns(kind))
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from tiny import picture
 
 from models.clip import load_clip
-from models.diffusion import walk
+from models.diffusion import project, walk
 from models.domains import Domain
 from models.pixelface.avatars import FACTORS
 from models.pixelface.judge import Judge
@@ -25,7 +26,7 @@ from pipeline import codec, schema
 from pipeline.codec import decode_column
 from pipeline.config import Edit, Resources
 from pipeline.scoring import Score, mix_direction
-from pipeline.stages import Apply, Invert, padded_batches
+from pipeline.stages import Apply, Invert, in_batches, row_noise
 
 RESOURCES = Resources(batch=4)
 BAD = b"no picture at all"
@@ -66,7 +67,7 @@ def equal(a: Sequence[np.ndarray | None], b: Sequence[np.ndarray | None]) -> boo
 
 
 def stages(domain: Domain, invert: Invert, edit: Edit, table: pa.Table) -> pa.Table:
-    return Score(domain, edit, RESOURCES)(apply(domain, edit, invert(table)))
+    return Score(domain, edit, RESOURCES, domain.clip)(apply(domain, edit, invert(table)))
 
 
 # ---- rows and rejects ------------------------------------------------------------------------------------------------
@@ -128,12 +129,16 @@ def test_a_row_is_edited_bit_for_bit_alike_in_any_company(
     domain: Domain, invert: Invert, tiny_edit: TinyEdit, company: list[int | bytes | None]
 ) -> None:
     edit = Edit(parts=(tiny_edit(domain, "smiling"),), degree=0.7)
-    reference = invert(images(png(0), png(1)))
     others = [png(c) if isinstance(c, int) else c for c in company]
-    crowd = invert(images(*others, png(0), *others, png(1), *others))
     places = [len(others), 2 * len(others) + 1]
-    assert crowd["latent"].take(places).to_pylist() == reference["latent"].to_pylist()
-    assert equal(pixels(apply(domain, edit, crowd).take(places)), pixels(apply(domain, edit, reference)))
+    crowd = images(*others, png(0), *others, png(1), *others)
+    alone = crowd.take(places)  # with their ids, which fresh noise belongs to
+    noisy = replace(domain.recipe, solver="ddim", eta=0.5, projections=2, projection_steps=3)
+    for recipe in (domain.recipe, noisy):
+        up = Invert(domain, recipe, RESOURCES)
+        latents, reference = up(crowd), up(alone)
+        assert latents["latent"].take(places).to_pylist() == reference["latent"].to_pylist()
+        assert equal(pixels(apply(domain, edit, latents, recipe).take(places)), pixels(apply(domain, edit, reference, recipe)))
 
 
 def test_rows_of_a_slice_of_a_table_are_those_rows(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
@@ -146,10 +151,14 @@ def test_rows_of_a_slice_of_a_table_are_those_rows(domain: Domain, invert: Inver
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
 def test_batches_have_one_shape_and_lose_and_add_no_image(count: int) -> None:
-    x = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    batches = list(padded_batches(x, 4))
-    assert {tuple(batch.shape) for batch, _ in batches} == {(4, 3, 2, 2)}
-    assert torch.equal(torch.cat([batch[:used] for batch, used in batches]), x)
+    x, names = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), [str(i) for i in range(count)]
+
+    def work(batch: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
+        assert batch.shape == (4, 3, 2, 2)
+        assert [int(name) for name in ids] == batch[:, 0, 0, 0].int().tolist(), "ids keep to their images"
+        return batch + 1
+
+    assert torch.equal(in_batches(x, names, RESOURCES, work), x + 1)
 
 
 # ---- latents and edits are the walk's --------------------------------------------------------------------------------
@@ -214,6 +223,51 @@ def test_a_mix_weighs_its_parts_and_leaves_the_rest_to_the_base(domain: Domain, 
     assert set(got["attribute"].to_pylist()) == {"smiling_and_hat"}
 
 
+def test_a_mix_by_timesteps_uses_each_model_in_its_range_only(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
+    latents = invert(images(*FOUR))
+    one, other = tiny_edit(domain, "smiling"), tiny_edit(domain, "hat")
+    base = load_base(domain.weights)
+    first, second = (load_edit_model(domain.weights, part.file) for part in (one, other))
+    got = apply(domain, Edit(parts=(one, other), ranges=((0, (0.2, 0.5)), (100, (1.0, 0.0)))), latents)
+
+    def by_hand(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return first(x, t) if int(t[0]) >= 100 else 0.3 * base(x, t) + 0.2 * first(x, t) + 0.5 * second(x, t)
+
+    assert close(pixels(got), walked(domain, latents, by_hand))
+    assert not close(pixels(got), walked(domain, latents, first))
+
+
+def test_fresh_noise_changes_with_the_seed_and_with_the_row_and_with_nothing_else() -> None:
+    like = torch.zeros(2, 3, 4, 4)
+    noise = row_noise(["a", "b"], like, 0, "down")(3)
+    assert torch.equal(noise, row_noise(["b", "a"], like, 0, "down")(3).flip(0))
+    others = [row_noise(["a", "b"], like, 1, "down")(3), row_noise(["a", "b"], like, 0, "down")(4), row_noise(["a", "b"], like, 0, "up")(3)]
+    assert not any(torch.equal(noise, other) for other in others)
+    many = torch.cat([row_noise([str(i)], torch.zeros(1, 3, 16, 16), 0, "down")(0) for i in range(64)])
+    assert abs(float(many.mean())) < 0.02
+    assert float(many.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_stochastic_editing_follows_the_seed(domain: Domain, invert: Invert) -> None:
+    latents, recipe = invert(images(*FOUR)), replace(domain.recipe, solver="ddim", eta=1.0)
+    first, again, other = (pixels(apply(domain, Edit(), latents, replace(recipe, seed=seed))) for seed in (0, 0, 1))
+    assert equal(first, again)
+    assert not close(first, other)
+    assert not close(first, pixels(apply(domain, Edit(), latents, replace(recipe, eta=0.0))))
+
+
+def test_a_picture_of_an_unseen_domain_is_projected_before_it_is_inverted(domain: Domain) -> None:
+    recipe = replace(domain.recipe, projections=2, projection_steps=3)
+    bars, table = load_alpha_bars(domain.weights), images(png(0), BAD, png(1))
+    x0 = codec.to_tensor([p for p in pixels(table, "image") if p is not None])
+    path, base = recipe.projection(bars), load_base(domain.weights)
+    landed = project(base, x0, path, bars, 2, row_noise(["row 0", "row 2"], x0, 0, "projection"))
+    want = walk(base, landed, recipe.up(bars), bars, recipe.order)
+    got = Invert(domain, recipe, RESOURCES)(table)
+    latents = codec.latents_from_arrow(got["latent"].take(pa.array([0, 2])), 16)
+    torch.testing.assert_close(latents, want, rtol=2e-3, atol=2e-3)
+
+
 def test_the_recipe_of_the_edit_decides_the_way_down(domain: Domain, invert: Invert) -> None:
     latents, recipe = invert(images(*FOUR)), Recipe(return_step=300, steps_down=9, solver="ddim", spacing="linspace")
     got = apply(domain, Edit(), latents, recipe)
@@ -273,7 +327,21 @@ def test_the_direction_of_a_mix_is_the_weighted_mean_of_its_parts(domain: Domain
     one, other = tiny_edit(domain, "smiling", 0.5), tiny_edit(domain, "hat", 0.25)
     first, second = (clip.text_direction(part.source, part.target) for part in (one, other))
     mean = 0.5 * first + 0.25 * second
-    got = mix_direction(clip, Edit(parts=(one, other)))
-    assert got is not None
-    torch.testing.assert_close(got, mean / mean.norm())
-    assert mix_direction(clip, Edit()) is None
+    torch.testing.assert_close(mix_direction(clip, Edit(parts=(one, other))), mean / mean.norm())
+
+
+def test_identity_is_scored_where_there_is_a_network_for_it_and_the_column_is_absent_where_not(domain: Domain, face_weights: Path) -> None:
+    table = images(png(0), png(1), BAD).append_column("error", pa.array([None, None, "bad"], pa.string()))
+    table = table.append_column("edited", images(png(0), png(5), None)["image"])
+    done = Score(domain, Edit(), RESOURCES, None, str(face_weights))(table)
+    same, other, bad = done["identity"].to_pylist()
+    assert (same, bad) == (pytest.approx(1, abs=1e-4), None)
+    assert -1 <= other < 0.9999
+    assert "identity" not in Score(domain, Edit(), RESOURCES)(table).column_names
+
+
+def test_without_a_clip_the_other_scores_are_there_all_the_same(domain: Domain, tiny_edit: TinyEdit) -> None:
+    table = images(*FOUR).append_column("error", pa.nulls(4, pa.string())).append_column("edited", images(*FOUR)["image"])
+    done = Score(domain, Edit(parts=(tiny_edit(domain, "smiling"),)), RESOURCES, None)(table)
+    assert done["clip_direction"].to_pylist() == [None] * 4
+    assert done["mae"].to_pylist() == [0.0] * 4

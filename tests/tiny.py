@@ -41,11 +41,11 @@ def save_diffusion(folder: Path, size: int, seed: int = 0) -> Path:
     return folder
 
 
-def save_clip(folder: Path, unknown: tuple[str, ...] = ()) -> Path:
+def save_clip(folder: Path, unknown: tuple[str, ...] = (), seed: int = 1) -> Path:
     """A folder for open_clip's local loading; the tokens of ``unknown`` words have no embedding."""
     folder.mkdir(parents=True)
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = open_clip.model.CLIP(**CLIP_CONFIG)
     tokenizer = open_clip.SimpleTokenizer()
     with torch.no_grad():

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test check setup clean
+.PHONY: demo test slow check setup clean
 setup: .venv/.ready
 
 .venv/.ready: constraints.txt pyproject.toml
@@ -12,14 +12,17 @@ setup: .venv/.ready
 	  { echo "Python 3.11, 3.12 or 3.13 is needed; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; rm -rf .venv; exit 2; }
 	@echo "Installing the pinned packages into .venv (once; torch alone is large) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,align]'
 	@touch $@
 
 demo: setup  ## the main job on the shipped images and weights, two to three minutes on two cores
 	@$(BIN)/diffusionclip demo
 
-test: setup  ## the whole test suite
-	$(BIN)/python -m pytest
+test: setup  ## the whole test suite but for what takes minutes
+	$(BIN)/python -m pytest -m 'not slow'
+
+slow: setup  ## networks of real size with random weights, about ten minutes on two cores
+	$(BIN)/python -m pytest -m slow
 
 check: setup  ## linter, formatting, types
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from jobs import demo, edit, evaluate, finetune, invert, listing, report_command
+from jobs import align, demo, edit, evaluate, finetune, import_command, invert, listing, optimize, report_command
 
 app = typer.Typer(
     name="diffusionclip",
@@ -15,11 +15,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(demo.demo)
+app.command()(align.align)
 app.command()(invert.invert)
 app.command()(finetune.finetune)
 app.command()(edit.edit)
+app.command()(optimize.optimize)
 app.command()(evaluate.evaluate)
 app.command()(report_command.report)
+app.command("import")(import_command.import_checkpoint)
 app.command()(listing.domains)
 app.command()(listing.attributes)
 
@@ -32,11 +35,12 @@ def main() -> None:
         sys.exit("stopped")
     except Exception as error:
         status = _status(error)
-        if status is None:
+        told = error if status else _from_a_worker(error)
+        if told is None:
             raise
-        for line in str(error).splitlines():
+        for line in str(told).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(status)
+        sys.exit(status or 1)
 
 
 def _status(error: Exception) -> int | None:
@@ -51,6 +55,15 @@ def _status(error: Exception) -> int | None:
     if isinstance(error, TooManyRejectsError):
         return 3
     return 1 if isinstance(error, TrainingFailedError) else None
+
+
+def _from_a_worker(error: BaseException | None) -> BaseException | None:
+    """The error for people that a worker of Ray raised, out of the wrappers around it: weights that only it looked for."""
+    from models.weights import WeightsError
+
+    while error is not None and not isinstance(error, WeightsError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ StepsUp = Annotated[int | None, typer.Option(help="Rungs on the way up.", rich_h
 StepsDown = Annotated[int | None, typer.Option(help="Rungs on the way down.", rich_help_panel=WALK)]
 Solver = Annotated[str | None, typer.Option(help="ddim (the paper's) or ab2 (second order).", rich_help_panel=WALK)]
 Spacing = Annotated[str | None, typer.Option(help="Of the rungs: linspace (the official code's) or sigma.", rich_help_panel=WALK)]
+Inversion = Annotated[
+    str | None, typer.Option(help="deterministic, or stochastic: fresh noise instead of a walk up.", rich_help_panel=WALK)
+]
 Eta = Annotated[float | None, typer.Option(help="Fresh noise on the way down: 0 none, 1 DDPM; needs --solver ddim.", rich_help_panel=WALK)]
 Projections = Annotated[
     int | None,

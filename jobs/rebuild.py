@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from jobs.progress import display
-from models.clip import TEMPLATES
+from models.clip import templates
 from models.diffusion import linear_alpha_bars
 from models.domains import DOMAINS
 from models.pixelface import training
@@ -200,7 +200,7 @@ def clip(build: Build = BUILD, steps: int = 3000, small_steps: int = 2500) -> No
 
     def phase(focus: tuple[str, ...], count: int, seed: int) -> Any:
         return lambda optimizer, start: training.train_clip(
-            model, tokenizer, TEMPLATES, optimizer, pictures, factors, steps=count, start=start, focus=focus, seed=seed
+            model, tokenizer, templates(), optimizer, pictures, factors, steps=count, start=start, focus=focus, seed=seed
         )
 
     model.load_state_dict(run("clip", model, steps, 1e-3, build, phase((), steps, 0)))
@@ -215,7 +215,7 @@ def zero_unseen_words(weights: dict[str, torch.Tensor], tokenizer: SimpleTokeniz
     """Zeroes the rows of tokens that no caption has: they compress to nothing, and unknown words can be told."""
     from models.pixelface.avatars import vocabulary
 
-    texts = [template.format(word) for template in TEMPLATES for word in ("a", *vocabulary())]
+    texts = [template.format(word) for template in templates() for word in ("a", *vocabulary())]
     seen = torch.unique(tokenizer(texts))
     rows = torch.zeros_like(weights["token_embedding.weight"])
     rows[seen] = weights["token_embedding.weight"][seen]

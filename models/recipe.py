@@ -11,6 +11,7 @@ from models.losses import FORMS
 
 ORDERS = {"ddim": 1, "ab2": 2}
 PRECISIONS = ("float32", "bfloat16", "float16")
+INVERSIONS = ("deterministic", "stochastic")
 REFERENCES = ("source", "reconstruction")
 MEMORY = ("full", "checkpoint", "stepwise")
 
@@ -29,6 +30,9 @@ class Recipe:
     """Of the ladder: ``linspace`` (the official code's) or ``sigma``."""
     precision: str = "float32"
     """Of the network's arithmetic; the state of the walk is float32 always."""
+    inversion: str = "deterministic"
+    """``deterministic`` walks up with the base model; ``stochastic`` adds fresh noise in one stroke: no model calls, but the
+    way back does not lead to the same image."""
     eta: float = 0.0
     """Share of fresh noise on the way down: 0 is deterministic (DDIM), 1 is DDPM. Above 0 the solver is ``ddim``."""
     projections: int = 0
@@ -51,7 +55,7 @@ class Recipe:
         for name in ("steps_up", "steps_down"):
             if not 2 <= getattr(self, name) <= most:
                 found.append(f"{name.replace('_', ' ')} must lie between 2 and {most} (return step + 1); got {getattr(self, name)}")
-        for name, allowed in (("solver", ORDERS), ("spacing", SPACINGS), ("precision", PRECISIONS)):
+        for name, allowed in (("solver", ORDERS), ("spacing", SPACINGS), ("precision", PRECISIONS), ("inversion", INVERSIONS)):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         return found + self._noise_problems(timesteps)
@@ -89,7 +93,8 @@ class Recipe:
     @property
     def calls_up(self) -> int:
         """Model calls an image on the way up, projections included."""
-        return self.steps_up - (self.spacing == "linspace") + self.projections * self.projection_steps
+        walked = self.steps_up - (self.spacing == "linspace") if self.inversion == "deterministic" else 0
+        return walked + self.projections * self.projection_steps
 
     @property
     def calls_down(self) -> int:
@@ -98,9 +103,11 @@ class Recipe:
 
     def of_latent(self) -> dict[str, Any]:
         """The part of the recipe that decides the latent: latents made with another part must not be reused."""
-        names = ["return_step", "steps_up", "solver", "spacing", "class_label", "projections"]
+        names = ["return_step", "steps_up", "solver", "spacing", "class_label", "inversion", "projections"]
         if self.projections:
-            names += ["projection_step", "projection_steps", "seed"]
+            names += ["projection_step", "projection_steps"]
+        if self.projections or self.inversion == "stochastic":
+            names.append("seed")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:

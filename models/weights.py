@@ -1,29 +1,38 @@
-"""Files of weights: safetensors only, fingerprinted, and edit models with their cards."""
+"""Weights by reference (``models.references``): fingerprints, and edit models with their cards."""
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.fetching import digest, file_of, names_in, write_in_one_stroke
+from models.folders import WEIGHTS, folder_of, read_state
+from models.references import SUFFIXES, MissingError, WeightsError, beside, inside, place_of, public
 
-class WeightsError(ValueError):
-    """Weights that are missing, damaged or of another domain; the message says which and what to do."""
+__all__ = [
+    "Card",
+    "WeightsError",
+    "edit_models_in",
+    "file_of",
+    "fingerprint",
+    "folder_of",
+    "load_card",
+    "load_into",
+    "read_state",
+    "save_edit_model",
+]
 
 
-def fingerprint(path: str | Path) -> str:
-    """First 16 hex digits of the SHA-256 of a weights file, or of the weights file of a diffusers folder."""
-    path = Path(path)
-    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise WeightsError(f"{file} does not exist")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+def fingerprint(reference: str | Path) -> str:
+    """First 16 hex digits of the SHA-256 of a weights file, or of the weights file of a base model's folder in normal form."""
+    place = place_of(reference)
+    is_file = Path(place.path).is_file() if place.kind == "local" else place.path.partition("?")[0].endswith(SUFFIXES)
+    return digest(file_of(reference) if is_file else folder_of(reference) / WEIGHTS)[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,37 +56,66 @@ class Card:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+def edit_models_in(folder: str | Path) -> dict[str, str]:
+    """Name -> reference of every ``NAME.safetensors`` with a card ``NAME.json`` in a folder; no weights are fetched.
+    Raises WeightsError if the folder is missing, may not be read or cannot be reached."""
+    names = set(names_in(folder))
+    stems = sorted(name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors"))
+    return {stem: inside(folder, f"{stem}.safetensors") for stem in stems if f"{stem}.json" in names}
+
+
 def save_edit_model(folder: Path, state: dict[str, Tensor], card: Card) -> Path:
-    """Writes ``NAME.safetensors`` (float16) and ``NAME.json`` into ``folder``; returns the weights file."""
+    """Writes ``NAME.safetensors`` (float16) and ``NAME.json`` into ``folder``; returns the weights file.
+
+    Whoever reads meanwhile sees both or no card: each file is moved into place whole, and an old card goes before new
+    weights come.
+    """
+    text = json.dumps(asdict(card), indent=2) + "\n"  # before anything is touched: it may hold what JSON does not know
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{card.attribute}.safetensors"
-    save_file({k: v.detach().to(torch.float16).contiguous().cpu() for k, v in state.items()}, file)
-    file.with_suffix(".json").write_text(json.dumps(asdict(card), indent=2) + "\n")
+    part = file.with_name(f".{file.name}.{uuid4().hex}.part")
+    try:
+        save_file({k: v.detach().to(torch.float16).contiguous().cpu() for k, v in state.items()}, part)
+        file.with_suffix(".json").unlink(missing_ok=True)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    write_in_one_stroke(file.with_suffix(".json"), text.encode())
     return file
 
 
-def load_card(file: str | Path) -> Card:
+def load_card(reference: str | Path) -> Card:
     """The card beside an edit model's weights. Raises WeightsError if it is missing or not a card."""
-    file = Path(file)
-    card_file = file.with_suffix(".json")
     try:
-        return Card(**json.loads(card_file.read_text()))
-    except FileNotFoundError:
-        raise WeightsError(f"the edit model {file.name} has no card; {card_file} does not exist") from None
+        file = file_of(beside(reference, ".json"))
+    except MissingError as error:
+        raise WeightsError(f"the edit model {Path(public(reference)).name} has no card; {error}") from None
+    try:
+        return card_from(json.loads(file.read_text()))
     except (TypeError, ValueError) as error:
         names = ", ".join(f.name for f in fields(Card))
-        raise WeightsError(f"{card_file} is not the card of an edit model ({error}); it has {names}") from None
+        raise WeightsError(f"{file} is not the card of an edit model ({error}); it has {names}") from None
 
 
-def load_into(model: nn.Module, file: Path) -> None:
-    """Loads an edit model's weights over ``model``'s. Never runs code from the file. Raises WeightsError if keys or shapes differ."""
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is not a readable safetensors file: {error}") from None
-    own = model.state_dict()
+def card_from(values: Any) -> Card:
+    """Raises TypeError for what is no JSON object, or has keys too many or too few."""
+    if not isinstance(values, dict):
+        raise TypeError("no JSON object")
+    required = {f.name for f in fields(Card) if f.default is MISSING and f.default_factory is MISSING}
+    missing, unknown = required - values.keys(), values.keys() - {f.name for f in fields(Card)}
+    if missing or unknown:
+        wrong = [f"{what} {', '.join(sorted(keys))}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise TypeError("; ".join(wrong))
+    return Card(**values)
+
+
+def load_into(module: nn.Module, file: Path) -> None:
+    """Loads weights of any dtype over ``module``'s own. Never runs code from the file. Raises WeightsError, and changes
+    nothing, if keys or shapes differ."""
+    state = read_state(file)
+    own = module.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if wrong:
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise WeightsError(f"{file} does not fit the model: {shown} missing, left over or of another shape")
-    model.load_state_dict(state)
+    module.load_state_dict(state)

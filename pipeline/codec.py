@@ -25,9 +25,22 @@ class ImageError(ValueError):
 def decode(data: bytes | None, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """uint8 (3, size, size) RGB from an encoded picture. Raises ImageError with the reason, and nothing else.
 
-    EXIF rotation is applied, transparency is laid on white, of an animation the first frame counts, 16 bits become 8,
-    any aspect is cut to the centre square and resized with antialiasing (Lanczos).
+    As ``decode_whole``; any aspect is cut to the centre square and resized with antialiasing (Lanczos).
     """
+    fitted = ImageOps.fit(_decode(data, max_pixels, (size, size)), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(fitted, np.uint8).transpose(2, 0, 1)
+
+
+def decode_whole(data: bytes | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 (3, H, W) RGB from an encoded picture, uncut. Raises ImageError with the reason, and nothing else.
+
+    EXIF rotation is applied, transparency is laid on white, of an animation the first frame counts, 16 bits become 8.
+    """
+    return np.asarray(_decode(data, max_pixels), np.uint8).transpose(2, 0, 1)
+
+
+def _decode(data: bytes | None, max_pixels: int, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """``at_least``: decoders may give any smaller version that is no smaller than this."""
     if data is None:
         raise ImageError("the image is null")
     if not data:
@@ -39,9 +52,10 @@ def decode(data: bytes | None, size: int, max_pixels: int = MAX_PIXELS) -> np.nd
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise ImageError(f"the image has {width}x{height} pixels; at most {max_pixels} are decoded")
-                picture.draft("RGB", (size, size))
+                if at_least:
+                    picture.draft("RGB", at_least)
                 picture.load()
-                rgb = _to_rgb(_upright(picture))
+                return _to_rgb(_upright(picture))
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -51,8 +65,6 @@ def decode(data: bytes | None, size: int, max_pixels: int = MAX_PIXELS) -> np.nd
         raise ImageError(f"the image has too many pixels; at most {most} are decoded") from None
     except Exception as error:  # decoders raise nearly anything (struct.error, SyntaxError, zlib.error ...)
         raise ImageError(f"the image is damaged: {str(error) or type(error).__name__}"[:200]) from None
-    fitted = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(fitted, np.uint8).transpose(2, 0, 1)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

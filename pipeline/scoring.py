@@ -4,11 +4,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from models.identity import load_identity
 from torch import Tensor
 
 from models.clip import Clip, load_clip
 from models.domains import Domain
+from models.identity import load_identity
 from models.metrics import directional_score, mean_absolute_error, structural_similarity
 from models.pixelface.judge import load_judge
 from pipeline import codec, schema

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from models.diffusion import Draw, NoiseModel, blend, project, stochastic_walk, walk
+from models.diffusion import Draw, NoiseModel, alpha_bar_at, blend, noised, project, stochastic_walk, walk
 from models.domains import Domain
 from models.recipe import Recipe
 from models.unet import load_alpha_bars, load_base, load_edit_model
@@ -89,6 +89,8 @@ class Invert:
         if recipe.projections:
             noise = row_noise(ids, x0, recipe.seed, "projection")
             x0 = project(self.model, x0, recipe.projection(alpha_bars), alpha_bars, recipe.projections, noise)
+        if recipe.inversion == "stochastic":
+            return noised(x0, row_noise(ids, x0, recipe.seed, "inversion")(0), alpha_bar_at(alpha_bars, recipe.return_step))
         return walk(self.model, x0, self.path, alpha_bars, recipe.order)
 
 

@@ -183,10 +183,9 @@ def make_model(run: TuneRun) -> "NoiseUNet":
 
 def make_objective(run: TuneRun, device: str) -> "Objective":
     """The text directions and the walk of an attribute's training; the ladder is of the editing family, but shorter."""
-    from models.identity import load_identity
-
     from models.clip import load_clip
     from models.finetune import Objective
+    from models.identity import load_identity
     from models.unet import load_alpha_bars
 
     clips = [load_clip(reference).to(device) for reference in run.clips or (run.domain.clip,)]

@@ -1,12 +1,15 @@
 """What many tests share: a domain small enough to walk in milliseconds, its edit models, and pictures on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from safetensors.torch import save_file
+from servers import Web, s3_server, web_server
 from tiny import picture, save_clip, save_diffusion
 
 from models.domains import Domain
@@ -68,6 +71,43 @@ def tiny_edit() -> TinyEdit:
         return Part(name=name, file=str(file), weight=weight, source=card.source, target=card.target)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def face_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights in the format of the face recognition network."""
+    from models.identity import IRSE50
+
+    file = tmp_path_factory.mktemp("identity") / "model_ir_se50.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        save_file(IRSE50().eval().state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of downloaded weights, empty; for the processes that a test starts as well."""
+    monkeypatch.setenv("DIFFUSIONCLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """``s3://BUCKET`` on a server of this machine; fill it through fsspec, in a folder of the test's own."""
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").makedirs("shared")
+        yield "s3://shared"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Web]:
+    """An http server of the folder ``web`` that remembers what it was asked."""
+    (tmp_path / "web").mkdir()
+    with web_server(tmp_path / "web") as server:
+        yield server
 
 
 @pytest.fixture

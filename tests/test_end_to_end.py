@@ -18,8 +18,8 @@ PIXELFACE = DOMAINS["pixelface"]
 TINY = ("--return-step", "200", "--steps-up", "3")
 
 
-def run(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-m", "jobs.cli", *words], capture_output=True, text=True, timeout=280)
+def run(*words: str, status: int = 0, limit: float = 280) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "jobs.cli", *words], capture_output=True, text=True, timeout=limit)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

@@ -29,6 +29,7 @@ def test_the_default_and_the_papers_recipe_are_possible() -> None:
         ({"precision": "int8"}, "precision is one of float32, bfloat16, float16; got 'int8'"),
         ({"eta": 1.5, "solver": "ddim"}, r"eta must lie between 0 \(deterministic\) and 1 \(DDPM\); got 1.5"),
         ({"eta": 0.5}, r"fresh noise \(eta 0.5\) needs the solver ddim; got ab2"),
+        ({"inversion": "exact"}, "inversion is one of deterministic, stochastic; got 'exact'"),
         ({"projections": -1}, "projections must not be negative; got -1"),
         ({"projections": 1, "projection_step": 1000}, "the projection step must lie between 1 and 999; got 1000"),
         ({"projections": 1, "projection_steps": 1}, "projection steps must lie between 2 and 501; got 1"),
@@ -81,7 +82,14 @@ def test_a_misspelt_part_of_a_recipe_is_no_silent_default() -> None:
 
 def test_latents_are_told_apart_by_all_that_made_them_and_not_by_how_they_will_be_used() -> None:
     assert Recipe(steps_down=5, precision="float16").of_latent() == Recipe().of_latent()
-    for other in (Recipe(return_step=401), Recipe(steps_up=21), Recipe(solver="ddim"), Recipe(spacing="linspace"), Recipe(class_label=3)):
+    for other in (
+        Recipe(return_step=401),
+        Recipe(steps_up=21),
+        Recipe(solver="ddim"),
+        Recipe(spacing="linspace"),
+        Recipe(class_label=3),
+        Recipe(inversion="stochastic"),
+    ):
         assert other.of_latent() != Recipe().of_latent()
 
 
@@ -89,6 +97,7 @@ def test_the_seed_makes_a_latent_only_where_it_was_projected() -> None:
     assert Recipe(seed=1, projection_step=300).of_latent() == Recipe().of_latent()
     made = {tuple(Recipe(projections=2, **other).of_latent().values()) for other in ({}, {"seed": 1}, {"projection_step": 300})}
     assert len(made) == 3
+    assert Recipe(inversion="stochastic").of_latent() != Recipe(inversion="stochastic", seed=1).of_latent()
 
 
 @pytest.mark.parametrize(

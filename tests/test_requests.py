@@ -1,11 +1,13 @@
 """Names that people type: every wrong one gets an answer that helps."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import save_diffusion
 
-from jobs.requests import domain_named, edit_models, make_edits, parse_mix, recipe_for
+from jobs.requests import attribute_named, domain_named, edit_models, make_edits, parse_mix, recipe_for
 from models.domains import DOMAINS
 from pipeline.config import ConfigError, Source
 
@@ -81,3 +83,44 @@ def test_the_recipe_is_the_domains_unless_something_is_given():
 def test_an_unknown_domain_names_the_known_ones():
     with pytest.raises(ConfigError, match="did you mean 'pixelface'"):
         domain_named("pixelfaces")
+
+
+def test_a_domain_is_found_by_name_by_the_reference_of_its_weights_by_folder_and_by_file(tmp_path, monkeypatch):
+    save_diffusion(tmp_path / "cats", 16)
+    (tmp_path / "cats.yaml").write_text("noun: cat\nweights: cats\n")
+    monkeypatch.chdir(tmp_path)
+    assert domain_named("pixelface") is PIXELFACE
+    assert domain_named("google/ddpm-ema-church-256") is DOMAINS["church-256"]
+    for name in ("cats", "./cats", str(tmp_path / "cats")):
+        assert domain_named(name).noun == "image"
+    for name in ("cats.yaml", str(tmp_path / "cats.yaml")):
+        assert domain_named(name).noun == "cat"
+
+
+def test_weights_that_must_be_imported_are_asked_for_with_the_command_that_does_it():
+    with pytest.raises(ConfigError, match="diffusionclip import FILE OUT --domain afhq-dog-256, and then --domain OUT") as caught:
+        domain_named("afhq-dog-256")
+    assert "afhq_dog_4m.pt" in str(caught.value)
+    assert domain_named("afhq-dog-256", need_weights=False) is DOMAINS["afhq-dog-256"]
+
+
+@pytest.mark.parametrize("name", ["cats.yaml", "./cats", "no/such/folder"])
+def test_a_domain_that_is_not_there_is_a_wrong_request(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError):
+        domain_named(name)
+
+
+def test_every_slip_in_a_domain_file_is_a_problem_of_its_own(tmp_path):
+    (tmp_path / "cats.yaml").write_text("nuon: cat\nweights: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        domain_named(str(tmp_path / "cats.yaml"))
+    assert len(caught.value.problems) == 2
+
+
+def test_attributes_are_those_of_the_domains_family():
+    assert attribute_named(DOMAINS["ffhq-256"], "grey_hair").target == "person with grey hair"
+    with pytest.raises(ConfigError, match="did you mean 'grey_hair'"):
+        attribute_named(DOMAINS["celebahq-256"], "gray_hair")
+    with pytest.raises(ConfigError, match="there are no attributes for mine in the table"):
+        attribute_named(replace(PIXELFACE, name="mine", family=""), "hat")

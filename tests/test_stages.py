@@ -268,6 +268,17 @@ def test_a_picture_of_an_unseen_domain_is_projected_before_it_is_inverted(domain
     torch.testing.assert_close(latents, want, rtol=2e-3, atol=2e-3)
 
 
+def test_a_stochastic_latent_is_the_noised_image_and_costs_no_model_call(domain: Domain) -> None:
+    recipe, table = replace(domain.recipe, inversion="stochastic", seed=5), images(png(0), png(1))
+    stage = Invert(domain, recipe, RESOURCES)
+    stage.model = None  # type: ignore[assignment]
+    x0 = codec.to_tensor([p for p in pixels(table, "image") if p is not None])
+    level = float(load_alpha_bars(domain.weights)[recipe.return_step])
+    want = level**0.5 * x0 + (1 - level) ** 0.5 * row_noise(["row 0", "row 1"], x0, 5, "inversion")(0)
+    torch.testing.assert_close(codec.latents_from_arrow(stage(table)["latent"], 16), want, rtol=2e-3, atol=2e-3)
+    assert recipe.calls_up == 0
+
+
 def test_the_recipe_of_the_edit_decides_the_way_down(domain: Domain, invert: Invert) -> None:
     latents, recipe = invert(images(*FOUR)), Recipe(return_step=300, steps_down=9, solver="ddim", spacing="linspace")
     got = apply(domain, Edit(), latents, recipe)

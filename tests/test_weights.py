@@ -1,16 +1,20 @@
-"""What would be lost: an edit model comes back as it was saved, and a wrong or hostile file is refused by name."""
+"""What would be lost: an edit model comes back as it was saved, from wherever it was put, and a wrong or hostile file is refused."""
 
 import json
 import pickle
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
+from servers import Web, elsewhere, hub_server
+from tiny import save_diffusion
 from torch import nn
 
-from models.weights import Card, WeightsError, fingerprint, load_card, load_into, save_edit_model
+from models.weights import Card, WeightsError, edit_models_in, file_of, fingerprint, load_card, load_into, save_edit_model
 
 CARD = Card(
     attribute="smiling",
@@ -45,6 +49,18 @@ def test_an_edit_model_comes_back_as_it_was_saved_with_its_card(saved: Path) -> 
     for name, tensor in network(1).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor.half().float()), name
     assert load_card(saved) == CARD
+
+
+def test_a_save_that_fails_leaves_the_pair_as_it_was_or_no_card(saved: Path) -> None:
+    card, weights = saved.with_suffix(".json").read_bytes(), saved.read_bytes()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_edit_model(saved.parent, network(3).state_dict(), replace(CARD, tuning={"path": Path()}))
+    assert (saved.with_suffix(".json").read_bytes(), saved.read_bytes()) == (card, weights)
+    saved.unlink()
+    (saved / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"smiling\.safetensors"):
+        save_edit_model(saved.parent, network(3).state_dict(), CARD)
+    assert [file.name for file in saved.parent.iterdir()] == [saved.name], "new weights beside an old card would be a lie"
 
 
 def test_saving_again_replaces_weights_and_card(saved: Path) -> None:
@@ -132,10 +148,77 @@ def test_the_fingerprint_changes_with_a_single_byte_and_with_nothing_else(saved:
     assert fingerprint(saved) != first
 
 
+def test_a_card_from_before_low_rank_models_is_one_of_a_whole_network(saved: Path) -> None:
+    old = {key: value for key, value in asdict(CARD).items() if key not in {"rank", "clips"}}
+    saved.with_suffix(".json").write_text(json.dumps(old))
+    assert load_card(saved) == CARD
+    assert load_card(saved).rank is None
+
+
+def test_a_card_with_keys_too_many_or_too_few_names_them(saved: Path) -> None:
+    wrong = {key: value for key, value in asdict(CARD).items() if key not in {"steps", "images"}} | {"more": 1}
+    saved.with_suffix(".json").write_text(json.dumps(wrong))
+    with pytest.raises(WeightsError, match=r"\(missing images, steps; unknown more\)"):
+        load_card(saved)
+
+
+def test_a_folder_tells_the_edit_models_that_have_cards(saved: Path, tmp_path: Path) -> None:
+    save_edit_model(saved.parent, network().state_dict(), replace(CARD, attribute="v1.5 glasses"))
+    (saved.parent / "uncarded.safetensors").touch()
+    (saved.parent / "unweighted.json").touch()
+    found = edit_models_in(saved.parent)
+    assert found == {"smiling": str(saved), "v1.5 glasses": str(saved.parent / "v1.5 glasses.safetensors")}
+    assert load_card(found["v1.5 glasses"]).attribute == "v1.5 glasses"
+    with pytest.raises(WeightsError, match="is not a folder; give a local folder"):
+        edit_models_in(tmp_path / "none")
+
+
+def test_edit_models_in_a_bucket_or_on_the_web_are_used_as_local_ones(saved: Path, s3: str, web: Web, empty_cache: Path) -> None:
+    fsspec.filesystem("s3").put(str(saved.parent), "shared/edits", recursive=True)
+    shutil.copytree(saved.parent, web.folder / "edits")
+    for folder in (f"{s3}/edits", f"{web.url}/edits"):
+        reference = edit_models_in(folder)["smiling"]
+        assert load_card(reference) == CARD
+        assert not list(empty_cache.rglob("*.safetensors")), "names and cards are known before any weights are fetched"
+        assert fingerprint(reference) == fingerprint(saved)
+        model = network(2)
+        load_into(model, file_of(reference))
+        assert torch.equal(model.state_dict()["0.weight"], network(1).state_dict()["0.weight"].half().float())
+        shutil.rmtree(empty_cache / "files")
+    with pytest.raises(WeightsError, match="s3://shared/none does not exist"):
+        edit_models_in(f"{s3}/none")
+
+
+def test_edit_models_on_the_hub_are_used_as_local_ones(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved.parent, tmp_path / "hub" / "me" / "edits" / "faces")
+    code = """
+from models.weights import edit_models_in, file_of, fingerprint, load_card
+reference = edit_models_in("hf://me/edits/faces")["smiling"]
+print(reference, load_card(reference).target, fingerprint(reference), file_of(reference).name)
+"""
+    with hub_server(tmp_path / "hub") as url:
+        env = {"HF_ENDPOINT": url, "HF_HOME": tmp_path / "hf", "HF_HUB_DISABLE_PROGRESS_BARS": 1}
+        said = elsewhere(code, **env)
+        assert said == f"hf://me/edits/faces/smiling.safetensors smiling face {fingerprint(saved)} smiling.safetensors"
+    assert elsewhere(code, **env, HF_HUB_OFFLINE=1) == said
+
+
+def test_weights_in_float16_or_bfloat16_are_loaded_as_float32(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        save_file({k: v.to(dtype) for k, v in network(1).state_dict().items()}, tmp_path / "low.safetensors")
+        model = network(2)
+        load_into(model, tmp_path / "low.safetensors")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert torch.equal(model.state_dict()["0.weight"], network(1).state_dict()["0.weight"].to(dtype).float())
+
+
 def test_the_fingerprint_of_a_folder_is_that_of_its_weights(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"diffusion_pytorch_model\.safetensors does not exist"):
+    with pytest.raises(WeightsError, match=r"has no config\.json"):
         fingerprint(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
-    assert fingerprint(tmp_path) == fingerprint(file)
+    folder = save_diffusion(tmp_path / "model", 16)
+    before = fingerprint(folder)
+    assert before == fingerprint(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "README.md").touch()
+    assert fingerprint(folder) == before
+    save_diffusion(folder, 16, seed=1)
+    assert fingerprint(folder) != before

@@ -1,15 +1,19 @@
 """Networks and pictures as small as they can be: the real classes with random weights, saved as the shipped ones are."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import save_file
+
+from models.references import WeightsError
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 8,
@@ -18,7 +22,7 @@ CLIP_CONFIG: dict[str, Any] = {
 }
 
 
-def tiny_unet(size: int, out_channels: int = 3, seed: int = 0) -> UNet2DModel:
+def tiny_unet(size: int, out_channels: int = 3, seed: int = 0, **changes: Any) -> UNet2DModel:
     """A random network of some thousand weights with attention and normalisation, as the real ones have."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -31,12 +35,13 @@ def tiny_unet(size: int, out_channels: int = 3, seed: int = 0) -> UNet2DModel:
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=4,
             attention_head_dim=8,
+            **changes,
         )
 
 
-def save_diffusion(folder: Path, size: int, seed: int = 0) -> Path:
+def save_diffusion(folder: Path, size: int, seed: int = 0, out_channels: int = 3) -> Path:
     """A diffusers folder, written by diffusers itself."""
-    tiny_unet(size, seed=seed).save_pretrained(folder)
+    tiny_unet(size, out_channels, seed).save_pretrained(folder)
     DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").save_config(folder)
     return folder
 
@@ -61,3 +66,12 @@ def picture(seed: int, side: int = 16) -> Image.Image:
     """A random but smooth picture, so that JPEG and resizing leave it recognisable."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def refusal(make: Callable[[], Any]) -> str:
+    """The one line that a WeightsError says."""
+    with pytest.raises(WeightsError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

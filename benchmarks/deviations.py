@@ -1,0 +1,193 @@
+"""What each choice of the fine-tuning and of the walk changes, on the embedded domain, all in one run.
+
+python -m benchmarks.deviations --out benchmarks/results/deviations.json
+"""
+
+import json
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import torch
+import typer
+from torch import Tensor
+
+from jobs.evaluate import machine
+from jobs.progress import console, display
+from jobs.tables import count_table
+from models import lora
+from models.attributes import attributes_of
+from models.clip import Clip, load_clip, templates
+from models.diffusion import NoiseModel, alpha_bar_at, predicted_x0, stochastic_walk, timesteps, walk
+from models.domains import DOMAINS
+from models.finetune import Objective, finetune, references, start_training
+from models.metrics import directional_score, mean_absolute_error
+from models.pixelface.judge import load_judge
+from models.recipe import Recipe
+from models.unet import load_alpha_bars, load_base, trainable
+from pipeline import codec, schema
+from pipeline.quality import held_out_pictures
+
+DOMAIN = DOMAINS["pixelface"]
+BARS = load_alpha_bars(DOMAIN.weights)
+ATTRIBUTES = ("glasses", "smiling", "red_hair")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default (log, source, full network, whole walk)": {},
+    "form cosine (1 - cos)": {"form": "cosine"},
+    "reference reconstruction": {"reference": "reconstruction"},
+    "memory stepwise, as many epochs": {"memory": "stepwise"},
+    "memory stepwise, as many optimizer steps": {"memory": "stepwise", "epochs": 1},
+    "rank 8": {"rank": 8, "learning_rate": 1e-3},
+    "batch 1, learning rate grows by 1.3": {"batch": 1, "epochs": 5, "learning_rate": 8e-6, "learning_rate_growth": 1.3},
+    "moving average 0.9": {"ema": 0.9},
+}
+
+
+def train(name: str, changes: dict[str, Any], latents: Tensor, x0: Tensor, recipe: Recipe) -> NoiseModel:
+    """An edit model of one attribute, made in this process."""
+    tuning = replace(DOMAIN.tuning, **changes)
+    attribute, clip = attributes_of(DOMAIN.family)[name], load_clip(DOMAIN.clip)
+    model = deepcopy(load_base(DOMAIN.weights))
+    if tuning.rank is not None:
+        lora.add(model.unet, tuning.rank)
+    else:
+        for parameter in trainable(model):
+            parameter.requires_grad_(True)
+    objective = Objective(
+        clips=((clip, clip.text_direction(attribute.source, attribute.target)),),
+        path=replace(recipe, steps_down=tuning.steps_down).down(BARS),
+        alpha_bars=BARS,
+        order=recipe.order,
+        tuning=tuning,
+    )
+    training = start_training(model, tuning)
+    for _ in finetune(training, latents, references(model, latents, x0, objective), objective):
+        pass
+    training.finish()
+    return model.requires_grad_(False)
+
+
+def judge(name: str, before: Tensor, after: Tensor) -> dict[str, float]:
+    """Success among the images that lacked the attribute, other factors kept, distance, directional similarity."""
+    attribute, network, clip = attributes_of(DOMAIN.family)[name], load_judge(DOMAIN.judge), load_clip(DOMAIN.clip)  # type: ignore[arg-type]
+    assert attribute.changes is not None
+    factor, value = attribute.changes
+    was, became = network.read(before), network.read(after)
+    reached = [b[factor] == value for a, b in zip(was, became, strict=True) if a[factor] != value]
+    kept = [a[other] == b[other] for a, b in zip(was, became, strict=True) for other in a if other != factor]
+    direction = clip.text_direction(attribute.source, attribute.target)
+    return {
+        "success": sum(reached) / len(reached),
+        "kept": sum(kept) / len(kept),
+        "mae": float(mean_absolute_error(before, after).mean()),
+        "clip_direction": float(directional_score(clip, before, after, direction).mean()),
+    }
+
+
+@torch.no_grad()
+def moved(model: NoiseModel, x: Tensor, path: list[int], order: int) -> Tensor:
+    return torch.cat([walk(model, part, path, BARS, order) for part in x.split(32)])
+
+
+def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
+    """Every variant of the training for every attribute, judged on the same held-out images."""
+    recipe, base = DOMAIN.recipe, load_base(DOMAIN.weights)
+    data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"].slice(0, DOMAIN.tuning.images))
+    x0, unseen = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), held_out_pictures(DOMAIN)[0][:images]
+    latents, unseen_latents = (moved(base, pictures, recipe.up(BARS), recipe.order) for pictures in (x0, unseen))
+    results: list[dict[str, Any]] = []
+    with display("fine-tuning variants", len(VARIANTS) * len(names), "edit models") as shown:
+        for variant, changes in VARIANTS.items():
+            for name in names:
+                started = time.perf_counter()
+                model = train(name, changes, latents, x0, recipe)
+                seconds = time.perf_counter() - started
+                edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
+                results.append({"variant": variant, "attribute": name, "seconds": seconds, **judge(name, unseen, edited)})
+                shown.update(len(results), f"{name}: {variant}")
+    return results
+
+
+# ---- the walk --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def official_ddpm(model: NoiseModel, x: Tensor, path: list[int], draw: Callable[[int], Tensor]) -> Tensor:
+    """The official code's ``ddpm`` sampling: at every rung the posterior of a single timestep, whatever was skipped."""
+    for i, rung in enumerate(path[:-1]):
+        level, below = alpha_bar_at(BARS, rung), alpha_bar_at(BARS, rung - 1) if rung > 0 else 1.0
+        beta = 1 - level / below
+        clean = predicted_x0(x, model(x, timesteps(x, rung)), level)
+        x = sqrt(below) * beta / (1 - level) * clean + sqrt(1 - beta) * (1 - below) / (1 - level) * x
+        if rung > 0:
+            x = x + sqrt(beta * (1 - below) / (1 - level)) * draw(i)
+    return x
+
+
+def the_walk(images: int) -> dict[str, Any]:
+    """Effects that need no training."""
+    recipe, base, unseen = DOMAIN.recipe, load_base(DOMAIN.weights), held_out_pictures(DOMAIN)[0][:images]
+    latents = moved(base, unseen, recipe.up(BARS), recipe.order)
+    down = recipe.down(BARS)
+
+    def error(pictures: Tensor) -> float:
+        return float(mean_absolute_error(unseen, pictures.clamp(-1, 1)).mean())
+
+    def draw(i: int) -> Tensor:
+        return torch.randn(latents.shape, generator=torch.Generator().manual_seed(i))
+
+    with torch.no_grad():
+        ours = stochastic_walk(base, latents, down, BARS, 1.0, draw)
+    clip = load_clip(DOMAIN.clip)
+    return {
+        "round_trip_float32_latents": error(moved(base, latents, down, recipe.order)),
+        "round_trip_float16_latents": error(moved(base, latents.half().float(), down, recipe.order)),
+        "eta_1_over_skipped_steps": error(ours),
+        "official_ddpm_over_skipped_steps": error(official_ddpm(base, latents, down, draw)),
+        "cosine_of_text_directions": {a.name: text_cosine(clip, a.source, a.target) for a in attributes_of(DOMAIN.family).values()},
+        "return_step": recipe.return_step,
+        "steps": recipe.steps_down,
+    }
+
+
+def text_cosine(clip: Clip, source: str, target: str) -> float:
+    """Between the text direction here (features averaged, then normalised) and the official code's (the mean of the
+    differences of normalised features, template by template)."""
+    with torch.no_grad():
+        features = [
+            clip.model.encode_text(clip.tokenizer([template.format(text) for template in templates()])) for text in (source, target)
+        ]
+    before, after = (torch.nn.functional.normalize(f, dim=-1).mean(0) for f in features)
+    return float(torch.nn.functional.cosine_similarity(after - before, clip.text_direction(source, target), dim=0))
+
+
+def main(
+    images: int = 128,
+    attribute: Annotated[list[str] | None, typer.Option()] = None,
+    threads: int = 2,
+    out: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    """Prints mean success, other factors kept, distance and similarity of every variant, and the effects on the walk."""
+    torch.set_num_threads(threads)
+    walked = the_walk(images)
+    results = fine_tuning(images, attribute or list(ATTRIBUTES))
+    lines = []
+    for variant in VARIANTS:
+        of = [r for r in results if r["variant"] == variant]
+        mean = {k: sum(r[k] for r in of) / len(of) for k in ("success", "kept", "mae", "clip_direction", "seconds")}
+        words = "success {success:.3f}, kept {kept:.3f}, MAE {mae:.3f}, CLIP {clip_direction:.3f}, {seconds:.0f} s"
+        lines.append((variant, words.format(**mean)))
+    console.print(count_table(f"fine-tuning, mean over {len(attribute or ATTRIBUTES)} attributes, {images} held-out images", lines))
+    console.print(count_table("the walk", [(k.replace("_", " "), f"{v:.5f}") for k, v in walked.items() if isinstance(v, float)]))
+    if out:
+        report = {"machine": machine(), "images": images, "walk": walked, "fine_tuning": results}
+        out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

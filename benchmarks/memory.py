@@ -1,0 +1,122 @@
+"""What fine-tuning at real size keeps in memory, by memory mode: counted from shapes, nothing is computed.
+
+python -m benchmarks.memory --out benchmarks/results/memory.json
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import open_clip
+import torch
+import typer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from jobs.evaluate import machine
+from jobs.progress import console, display
+from jobs.tables import count_table
+from models import lora
+from models.clip import Clip
+from models.conversion import config_of, empty_network
+from models.diffusion import linear_alpha_bars
+from models.finetune import Objective, edit_losses
+from models.official import ARCHITECTURES
+from models.recipe import Recipe, Tuning
+from models.unet import NoiseUNet
+
+GIB = 2**30
+CASES = {
+    "full": ("float32", None),
+    "checkpoint": ("float32", None),
+    "stepwise": ("float32", None),
+    "checkpoint, bfloat16": ("bfloat16", None),
+    "checkpoint, bfloat16, rank 8": ("bfloat16", 8),
+}
+
+
+@contextmanager
+def counting(own: nn.Module, shapes: FakeTensorMode) -> Iterator[Callable[[], int]]:
+    """Counts the bytes of distinct tensors that are kept for a backward pass, ``own``'s parameters apart."""
+    seen = {shapes.from_tensor(p).untyped_storage()._cdata for p in own.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in seen:
+            kept[key] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def needs(architecture: str, case: str, steps: int) -> dict[str, float]:
+    """GiB of weights, gradients, optimizer state and activations of one image."""
+    precision, rank = CASES[case]
+    tuning = Tuning(memory=case.split(",")[0], batch=1, steps_down=steps, rank=rank)
+    size = ARCHITECTURES[architecture].image_size
+    path = Recipe(return_step=500, steps_down=steps, spacing="linspace").down(linear_alpha_bars())
+    levels: Any = linear_alpha_bars().tolist()
+    model = network(architecture, precision, rank)
+    with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
+        clip = vit_b_16()
+        objective = Objective(clips=((clip, torch.zeros(512)),), path=path, alpha_bars=levels, order=1, tuning=tuning)
+        x = torch.zeros(1, 3, size, size)
+        with counting(model, shapes) as activations:
+            losses = next(edit_losses(model, x, torch.zeros_like(x), objective))
+            kept = activations()
+        if tuning.memory == "checkpoint":  # while one call is computed again, its activations are there too
+            with counting(model, shapes) as activations:
+                again = model(x, torch.zeros(1, dtype=torch.int64))
+                kept += activations()
+                del again
+        del losses
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
+        return {
+            "weights": (bytes_of(model) + bytes_of(clip)) / GIB,
+            "gradients": trained / GIB,
+            "optimizer": 2 * trained / GIB,
+            "activations": kept / GIB,
+            "total": (bytes_of(model) + bytes_of(clip) + 3 * trained + kept) / GIB,
+        }
+
+
+def network(architecture: str, precision: str, rank: int | None) -> NoiseUNet:
+    unet = empty_network(config_of(ARCHITECTURES[architecture])).to_empty(device="cpu")
+    if rank is not None:
+        lora.add(unet, rank)
+    return NoiseUNet(unet, precision)
+
+
+def vit_b_16() -> Clip:
+    model: Any = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16-quickgelu"))
+    open_clip.model.set_model_preprocess_cfg(model, asdict(open_clip.transform.PreprocessCfg(size=224)))
+    tokenizer: Any = None  # no text is read here
+    return Clip(model, tokenizer)
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def main(steps: int = 6, out: Annotated[Path | None, typer.Option()] = None) -> None:
+    """Prints the needs of one image at a time, with CLIP ViT-B/16, for the architectures of the real domains."""
+    results = []
+    with display("counting", 4 * len(CASES), "cases") as shown:
+        for architecture in ("ddpm-256", "iddpm-256", "adm-256", "adm-512"):
+            for case in CASES:
+                results.append({"architecture": architecture, "memory": case, **needs(architecture, case, steps)})
+                shown.update(len(results), f"{architecture} {case}")
+    lines = [(f"{r['architecture']}, {r['memory']}", f"{r['total']:.1f} GiB, {r['activations']:.1f} of it activations") for r in results]
+    console.print(count_table(f"fine-tuning through {steps} steps, one image", lines))
+    if out:
+        rounded = [{k: round(v, 2) if isinstance(v, float) else v for k, v in r.items()} for r in results]
+        out.write_text(json.dumps({"machine": machine(), "steps_down": steps, "results": rounded}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -142,6 +142,7 @@ def _render(columns: list[Column], rows: int, title: str) -> str:
         title=title,
         columns=columns,
         finished=_finished([column.summary for column in columns]),
+        identity=any(column.summary.identity is not None for column in columns),
         sampled=len(sources),
         total=first.rows,
         beside=beside,

@@ -189,6 +189,11 @@ class TuneRun:
     storage: Path | None = None
     """Where Ray Train keeps checkpoints; beside the output if None."""
 
+    @property
+    def loss_clips(self) -> tuple[str, ...]:
+        """References of the CLIPs in the loss."""
+        return self.clips or (self.domain.clip,)
+
     def problems(self) -> list[str]:
         found = self.recipe.problems() + self.tuning.problems()
         if self.tuning.id_weight and not self.identity:

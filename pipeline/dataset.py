@@ -88,7 +88,9 @@ def make_plan(run: Run) -> Plan:
         found = find(run.source)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
-    problems += _latent_problems(run, found) + _edit_problems(run) + _name_problems(run, found) + _output_problems(run)
+    problems += (
+        _latent_problems(run, found) + _edit_problems(run) + _clip_problems(run) + _name_problems(run, found) + _output_problems(run)
+    )
     if problems:
         raise ConfigError(*problems)
     blocks = plan_blocks(found, run.resources.block_rows)
@@ -96,7 +98,12 @@ def make_plan(run: Run) -> Plan:
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
-    about = {"domain": run.domain.name, "domain_fingerprint": fingerprint(run.domain.weights), "recipe": run.recipe.to_dict()}
+    about = {
+        "domain": run.domain.name,
+        "family": run.domain.family,
+        "domain_fingerprint": fingerprint(run.domain.weights),
+        "recipe": run.recipe.to_dict(),
+    }
     if not run.edits:
         columns = schema.latents_schema(found.user_columns, run.domain.image_size, about)
         return (Output(folder=run.output, edit=None, columns=columns, model_calls=run.recipe.calls_up),)
@@ -162,6 +169,14 @@ def _edit_problems(run: Run) -> list[str]:
                 f"not to {run.domain.name} ({fingerprint(run.domain.weights)}); fine-tune it again"
             )
     return problems
+
+
+def _clip_problems(run: Run) -> list[str]:
+    if run.clip is None or not any(edit.parts for edit in run.edits):
+        return []
+    from models.clip import clip_problems  # it may take seconds
+
+    return clip_problems(run.clip)
 
 
 def _name_problems(run: Run, found: Input) -> list[str]:

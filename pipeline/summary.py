@@ -31,7 +31,7 @@ MAX_REASONS = 1000
 OTHER = "other reasons"
 FILES = 32
 """Parquet files that are open to one scan."""
-_MEANS = ("mae", "ssim", "clip_direction")
+_MEANS = ("mae", "ssim", "clip_direction", schema.IDENTITY.name)
 _READINGS = ("factors_before", "factors_after")
 
 
@@ -51,6 +51,8 @@ class Summary:
     mae: float | None
     ssim: float | None
     clip_direction: float | None
+    identity: float | None
+    """Mean cosine of face recognition features of source and edited; None if the run had no weights for it."""
     changeable: int
     """Rows in which at least one wanted value was missing before; what ``success`` is a share of."""
     success: float | None
@@ -153,7 +155,7 @@ def summarise(folder: str) -> Summary:
     about = schema.about(found.columns)
     attribute, degree = _name_and_degree(found, about)
     parts = about.get("edit") or []
-    changes = wanted_values(about.get("domain", ""), parts, degree)
+    changes = wanted_values(str(about.get("family", "")), parts, degree)
     tally = _Tally(changes=changes)
     columns = [n for n in ("id", "error", *_MEANS, *_READINGS) if n in found.columns.names]
     for batch in batches(found, columns):
@@ -176,14 +178,14 @@ def summarise(folder: str) -> Summary:
     )
 
 
-def wanted_values(domain: str, parts: Sequence[Mapping[str, Any]], degree: float) -> dict[str, str | None] | None:
+def wanted_values(family: str, parts: Sequence[Mapping[str, Any]], degree: float) -> dict[str, str | None] | None:
     """Factor -> the value that an edit should give it; empty for a reconstruction, None where that is not known.
 
     The value is None where there is no right one: two attributes of a mix want different values, or one is taken away.
     """
     wanted: dict[str, str | None] = {}
     for part in parts:
-        attribute = ATTRIBUTES.get((domain, part["name"]))
+        attribute = ATTRIBUTES.get((family, part["name"]))
         if attribute is None or attribute.changes is None:
             return None
         factor, value = attribute.changes
@@ -231,7 +233,8 @@ class _Tally:
     def add(self, batch: pa.RecordBatch) -> None:
         self.rows += len(batch)
         for name in _MEANS:
-            self.means[name].add(batch[name])
+            if name in batch.schema.names:
+                self.means[name].add(batch[name])
         if batch["error"].null_count < len(batch):
             self._add_rejects(batch.filter(pc.is_valid(batch["error"])))
         if _READINGS[0] in batch.schema.names and self.changes is not None:

@@ -44,7 +44,7 @@ def write_edit(run: Path, parts: Sequence[str], degree: float = 1.0, rows: int =
         row = {"id": name, "image": png(i, side), "attribute": attribute, "degree": degree}
         good = {"edited": png(100 + i, side), "mae": 0.125, "ssim": 0.75, "clip_direction": 0.5}
         table.append(row | ({"image": {"bytes": b""}, "error": error} if i == 3 else good))
-    about = {"domain": "pixelface", "edit": [{"name": p, "weight": 1.0} for p in parts], "degree": degree}
+    about = {"domain": "pixelface", "family": "pixelface", "edit": [{"name": p, "weight": 1.0} for p in parts], "degree": degree}
     columns = schema.edits_schema(pa.schema([]), (), about)
     folder = run / (attribute[:40] if degree == 1 else f"{attribute}_x{degree:g}")
     folder.mkdir(parents=True)

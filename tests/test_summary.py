@@ -24,7 +24,7 @@ def write_edits(
     folder: Path, rows: list[dict[str, Any]], parts: tuple[str, ...] = ("glasses",), degree: float = 1.0, per_file: int = 64
 ) -> Path:
     """An edits dataset as a run writes it; rows give what differs from a good row without pictures."""
-    about = {"domain": "pixelface", "edit": [{"name": p, "weight": 1 / len(parts)} for p in parts], "degree": degree}
+    about = {"domain": "pixelface", "family": "pixelface", "edit": [{"name": p, "weight": 1 / len(parts)} for p in parts], "degree": degree}
     columns = schema.edits_schema(pa.schema([("note", pa.string())]), FACTORS, about)
     named = {"attribute": "_and_".join(parts) or "none", "degree": degree}
     table = pa.Table.from_pylist([{"id": f"row-{i}", **named, **row} for i, row in enumerate(rows)], columns)

@@ -25,11 +25,9 @@ def picture_table(address: str, column: str | None) -> tuple[Input, str]:
     if found.kind != "parquet":
         raise ConfigError(f"{address} holds picture files already; give a table that align, invert or edit wrote")
     names = [f.name for f in found.columns if schema.is_image_column(f.type)]
-    chosen = column or next((name for name in ("edited", "image") if name in names), None)
+    chosen = column or next((name for name in ("edited", "image") if name in names), "image")
     if chosen not in names or "id" not in found.columns.names:
-        raise ConfigError(
-            f"{address} has no pictures in a column {chosen or 'image'!r} beside an id; it has {', '.join(found.columns.names)}"
-        )
+        raise ConfigError(f"{address} has no pictures in a column {chosen!r} beside an id; it has {', '.join(found.columns.names)}")
     return found, chosen
 
 

@@ -17,8 +17,9 @@ from PIL import Image
 
 from pipeline.codec import FORMATS, MAX_PIXELS, ImageError, decode, encode_png
 from pipeline.config import ConfigError
+from pipeline.manifest import RECORD
 from pipeline.sources import Input
-from pipeline.summary import RECORD, Summary, edit_folders, locate, open_edits, rows_at, spread, summarise
+from pipeline.summary import Summary, edit_folders, locate, open_edits, rows_at, spread, summarise
 
 TEMPLATE = "page.html.j2"
 LARGEST = 256

@@ -3,7 +3,6 @@
 Everything streams: columns of scores in batches, pictures only of the row groups that hold a row asked for.
 """
 
-import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,9 @@ from fsspec.core import url_to_fs
 from models.attributes import ATTRIBUTES
 from pipeline import schema
 from pipeline.config import ConfigError, Source
+from pipeline.manifest import RUNNING, read_manifest
 from pipeline.sources import Input, find
 
-RECORD = "_run.json"
-"""As in pipeline/dataset.py, which cannot be imported without starting to load Ray."""
 MAX_REJECTS = 50
 MAX_REASONS = 1000
 """Different reasons that are counted apart; what comes after them is counted as ``OTHER``, so that memory stays bounded."""
@@ -134,16 +132,8 @@ def open_edits(folder: str) -> Input:
 
 def read_record(folder: str) -> dict[str, Any]:
     """What the run wrote about itself beside the rows; empty where it has not finished. Raises ConfigError if it is damaged."""
-    fs, root = url_to_fs(folder)
-    if not fs.exists(f"{root}/{RECORD}"):
-        return {}
-    try:
-        record = json.loads(fs.cat_file(f"{root}/{RECORD}"))
-    except ValueError as error:
-        raise ConfigError(f"{folder}/{RECORD} is damaged: {error}") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{folder}/{RECORD} is damaged: it holds no JSON object")
-    return record
+    manifest = read_manifest(folder)
+    return {} if manifest.get("state") == RUNNING else manifest
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

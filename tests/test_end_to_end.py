@@ -220,9 +220,10 @@ def test_latents_of_another_return_step_or_base_model_are_refused_by_name(latent
     assert "were made with return_step 200, but 300 is asked for" in done.stderr
 
 
-def test_an_output_that_holds_something_is_not_touched_without_overwrite(latents, mixed_folder):
+def test_an_output_of_another_request_is_not_touched_without_overwrite(latents, mixed_folder):
     before = {p.name: p.read_bytes() for p in latents.iterdir()}
     done = run("invert", str(mixed_folder), str(latents), *TINY, status=2)
+    assert "block rows was 4, now 64" in done.stderr
     assert "give another folder, or --overwrite" in done.stderr
     assert {p.name: p.read_bytes() for p in latents.iterdir()} == before
 

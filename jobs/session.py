@@ -66,6 +66,8 @@ def _hush() -> None:
 
 
 def command_line() -> str:
-    """The command that is running, as a person would type it."""
+    """The command that is running, as a person would type it, but without passwords and signatures in addresses."""
+    from models.references import public
+
     program = "diffusionclip" if sys.argv[0].endswith(("diffusionclip", "cli.py", "-c")) else sys.argv[0]
-    return " ".join([program, *(f"'{a}'" if " " in a or "*" in a else a for a in sys.argv[1:])])
+    return " ".join([program, *(f"'{a}'" if " " in a or "*" in a else a for a in map(public, sys.argv[1:]))])

@@ -176,6 +176,8 @@ def _folder_problems(folder: Path) -> list[str]:
         return [f"there is no CLIP in {folder}: a folder has {CONFIG} and {WEIGHTS[0]}, a name is like ViT-B-16/openai"]
     if not any((folder / name).is_file() for name in WEIGHTS):
         return [f"the CLIP in {folder} has no weights; they are in {WEIGHTS[0]}"]
+    if "trust_remote_code" in (folder / CONFIG).read_text(encoding="utf-8", errors="replace"):
+        return [f"the CLIP in {folder} asks to run code that comes with it (trust_remote_code), which is never done; take another"]
     return []
 
 
@@ -198,6 +200,8 @@ def load_clip(reference: str | Path) -> Clip:
     with TemporaryDirectory() as folder:  # open_clip wants in one folder what the cache keeps in several
         for file in _files_of(reference):
             Path(folder, file.name).symlink_to(file.resolve())
+        if problems := _folder_problems(Path(folder)):
+            raise WeightsError(problems[0].replace(folder, reference))
         return _create(reference, f"local-dir:{folder}")
 
 

@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from models.domains import Domain
 from models.pixelface.avatars import FACTORS
 from models.recipe import Recipe
+from models.references import public
 from models.weights import WeightsError, fingerprint, load_card
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Run, Source, versions
@@ -362,13 +363,13 @@ def _manifest(plan: Plan, output: Output, report: Report, state: str) -> dict[st
         "request": output.request,
         "command": run.command,
         "kind": run.kind,
-        "input": run.source.path,
+        "input": public(run.source.path),
         "domain": run.domain.name,
         "recipe": run.recipe.to_dict(),
-        "edit": [asdict(part) for part in edit.parts] if edit else None,
+        "edit": [{**asdict(part), "file": public(part.file)} for part in edit.parts] if edit else None,
         "degree": edit.degree if edit else None,
         "ranges": edit.ranges if edit else None,
-        "score_clip": run.clip if edit else None,
+        "score_clip": public(run.clip) if edit and run.clip else None,
         "rows": report.rows,
         "resumed_rows": report.resumed,
         "rejected": report.rejected,

@@ -43,7 +43,7 @@ def write_picture(folder: Path, name: str, data: bytes) -> Path | None:
     Raises OSError if it cannot be written.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=tuple(SUFFIXES)) as picture:
             suffix = SUFFIXES.get(picture.format or "")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
         return None

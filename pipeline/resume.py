@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from models.references import public
 from models.weights import fingerprint
 from pipeline.config import Edit, Run
 from pipeline.manifest import read_manifest
@@ -38,7 +39,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     Numbers of workers, GPUs and images in a batch are not among them: they decide the speed, and the last bit at most.
     """
     request: dict[str, Any] = {
-        "input": found.source.path,
+        "input": public(found.source.path),
         "input files": _digest(found),
         "id column": found.source.id_column,
         "image column": found.source.image_column,
@@ -54,8 +55,8 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
             "edit": [[part.name, fingerprint(part.file), part.weight] for part in edit.parts],
             "degree": edit.degree,
             "ranges": edit.ranges,
-            "score CLIP": run.clip,
-            "identity": run.identity,
+            "score CLIP": run.clip and public(run.clip),
+            "identity": run.identity and public(run.identity),
         }
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back

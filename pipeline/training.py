@@ -26,6 +26,7 @@ from torch import Tensor
 from models.attributes import attributes_of
 from models.clip import clip_problems
 from models.domains import Domain
+from models.references import public
 from models.weights import Card, fingerprint, save_edit_model
 from pipeline import codec
 from pipeline.config import ConfigError, Source, TuneRun, versions
@@ -291,7 +292,7 @@ def make_card(run: TuneRun, metrics: dict[str, float]) -> Card:
         images=int(metrics["images"]),
         steps=int(metrics["step"]),
         rank=run.tuning.rank,
-        clips=list(run.loss_clips),
+        clips=[public(clip) for clip in run.loss_clips],
         losses={name: round(metrics[name], 5) for name in (*LOSSES, "held_out") if name in metrics},
         versions=versions(),
     )

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import open_clip
 import pytest
@@ -356,3 +357,17 @@ def test_the_papers_vit_b_16_sees_256_pixels_and_gives_gradients_in_its_real_siz
     similarity.sum().backward()
     assert pictures.grad is not None
     assert pictures.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_a_folder_that_asks_to_run_its_own_code_is_refused(remote: bool, tmp_path: Path, empty_cache: Path) -> None:
+    folder = save_clip(tmp_path / "clip")
+    config = json.loads((folder / CONFIG).read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "./", "tokenizer_kwargs": {"trust_remote_code": True}}
+    (folder / CONFIG).write_text(json.dumps(config))
+    reference = str(folder)
+    if remote:
+        reference = "memory://hostile-clip"
+        fsspec.filesystem("memory").put(str(folder), "/hostile-clip", recursive=True)
+    with pytest.raises(WeightsError, match="run code that comes with it"):
+        load_clip(reference)

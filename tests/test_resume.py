@@ -209,3 +209,16 @@ def test_in_a_bucket_a_run_goes_on_with_what_is_missing_too(source: Path, s3: st
     assert {file: pq.read_table(pa.BufferReader(store.cat_file(file))) for file in files} == {
         file: pq.read_table(pa.BufferReader(data)) for file, data in whole.items()
     }
+
+
+def test_nothing_private_in_an_address_is_written_down(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs.session import command_line
+
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["diffusionclip", "edit", "https://me:secret@host/faces?X-Amz-Signature=secret", "out", "--models", "s3://k:secret@b/m"],
+    )
+    assert command_line() == "diffusionclip edit https://host/faces out --models s3://b/m"
+    asked = request(replace(tiny_run, identity="https://host/face.pth?sig=secret"), Edit())
+    assert "sig" not in json.dumps(asked)

@@ -9,6 +9,7 @@ python -m benchmarks.autoscaling --out benchmarks/results/autoscaling.json --pic
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from jobs.requests import domain_named, make_edits
 from jobs.session import ray_session
 from pipeline.config import Resources, Run, Source
 
-LIMIT = 220.0
+LIMIT = 230
 """Seconds after which everything is given up."""
 IDLE_MINUTES = 0.15
 OBJECT_STORE = 100_000_000
@@ -152,19 +153,13 @@ def fake_cluster(folder: Path, most: int) -> Iterator[str]:
 
 
 def end(head: psutil.Popen) -> None:
-    """Ends a process and its descendants, each by its own number."""
-    family = [*head.children(recursive=True), head]
-    for process in family:
-        with_grace(process.terminate)
-    for process in psutil.wait_procs(family, timeout=10)[1]:
-        with_grace(process.kill)
+    """Ends a head, which ends its own processes, and then what is left of its descendants, each by its own number."""
+    family = head.children(recursive=True)
+    head.terminate()
+    for process in psutil.wait_procs([head, *family], timeout=15)[1]:
+        with suppress(psutil.NoSuchProcess):  # gone in the meantime
+            process.kill()
     head.wait()
-
-
-def with_grace(signal: Any) -> None:
-    """One that is gone already is as good as ended."""
-    with suppress(psutil.NoSuchProcess):
-        signal()
 
 
 def free_port() -> int:
@@ -218,7 +213,7 @@ def go(folder: Path, rows: int, most: int) -> dict[str, Any]:
                 started = trace.now
                 report = execute(plan, seen)
                 ended = trace.now
-            while trace.workers and trace.now < LIMIT:
+            while trace.workers:
                 time.sleep(0.5)
     return {
         "rows": report.rows,
@@ -239,8 +234,8 @@ def course(trace: list[dict[str, float]]) -> list[tuple[float, int]]:
     return changes
 
 
-def draw(result: dict[str, Any], most: int) -> Image.Image:
-    """Worker nodes as steps, rows done as a line, the job's time shaded."""
+def draw(result: dict[str, Any], nodes: int) -> Image.Image:
+    """Worker nodes and rows done over time, the job's time shaded."""
     width, height, left, top, bottom = 900, 260, 60, 30, 40
     span = result["workers_gone"] * 1.05
     picture = Image.new("RGB", (width, height), "white")
@@ -254,15 +249,14 @@ def draw(result: dict[str, Any], most: int) -> Image.Image:
         return base - (base - top) * share
 
     pen.rectangle([x(result["job"]["started"]), top, x(result["job"]["ended"]), base], fill="#eef3fa")
-    for nodes in range(most + 1):
-        pen.line([x(0), y(nodes / most), x(span), y(nodes / most)], fill="#dddddd")
-        pen.text((left - 20, y(nodes / most) - 6), str(nodes), fill="#1f5fa8", font_size=13)
-    steps, points = [(x(0), y(0))], []
-    for sample in [*result["trace"], {**result["trace"][-1], "seconds": span}]:
-        steps += [(x(sample["seconds"]), steps[-1][1]), (x(sample["seconds"]), y(sample["workers"] / most))]
-        points.append((x(sample["seconds"]), y(sample["rows"] / result["rows"])))
-    pen.line(points, fill="#c8781e", width=2)
-    pen.line(steps, fill="#1f5fa8", width=3)
+    for count in range(nodes + 1):
+        pen.line([x(0), y(count / nodes), x(span), y(count / nodes)], fill="#dddddd")
+        pen.text((left - 20, y(count / nodes) - 6), str(count), fill="#1f5fa8", font_size=13)
+    for name, most, colour, thickness in (("rows", result["rows"], "#c8781e", 2), ("workers", nodes, "#1f5fa8", 3)):
+        corners = [(x(0), y(0))]
+        for sample in [*result["trace"], {**result["trace"][-1], "seconds": span}]:
+            corners += [(x(sample["seconds"]), corners[-1][1]), (x(sample["seconds"]), y(sample[name] / most))]
+        pen.line(corners, fill=colour, width=thickness)
     for seconds in range(0, int(span) + 1, 10):
         pen.line([x(seconds), base, x(seconds), base + 4], fill="#555555")
         pen.text((x(seconds) - 8, base + 6), f"{seconds}", fill="#555555", font_size=12)
@@ -273,6 +267,10 @@ def draw(result: dict[str, Any], most: int) -> Image.Image:
     return picture
 
 
+def too_long(*_: object) -> None:
+    raise TimeoutError(f"after {LIMIT} seconds it is given up")
+
+
 def main(
     rows: int = 192,
     nodes: int = 2,
@@ -280,6 +278,8 @@ def main(
     picture: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Prints when nodes came and went, and fails if they did not go 0 -> ``nodes`` -> 0."""
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LIMIT)
     with tempfile.TemporaryDirectory(prefix="scale", ignore_cleanup_errors=True) as folder:
         result = go(Path(folder), rows, nodes)
     for seconds, workers in course(result["trace"]):

@@ -4,7 +4,6 @@ python -m benchmarks.deviations --out benchmarks/results/deviations.json
 """
 
 import json
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -104,11 +103,9 @@ def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
     with display("fine-tuning variants", len(VARIANTS) * len(names), "edit models") as shown:
         for variant, changes in VARIANTS.items():
             for name in names:
-                started = time.perf_counter()
                 model = train(name, changes, latents, x0, recipe)
-                seconds = time.perf_counter() - started
                 edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
-                results.append({"variant": variant, "attribute": name, "seconds": seconds, **judge(name, unseen, edited)})
+                results.append({"variant": variant, "attribute": name, **judge(name, unseen, edited)})
                 shown.update(len(results), f"{name}: {variant}")
     return results
 
@@ -179,8 +176,8 @@ def main(
     lines = []
     for variant in VARIANTS:
         of = [r for r in results if r["variant"] == variant]
-        mean = {k: sum(r[k] for r in of) / len(of) for k in ("success", "kept", "mae", "clip_direction", "seconds")}
-        words = "success {success:.3f}, kept {kept:.3f}, MAE {mae:.3f}, CLIP {clip_direction:.3f}, {seconds:.0f} s"
+        mean = {k: sum(r[k] for r in of) / len(of) for k in ("success", "kept", "mae", "clip_direction")}
+        words = "success {success:.3f}, kept {kept:.3f}, MAE {mae:.3f}, CLIP {clip_direction:.3f}"
         lines.append((variant, words.format(**mean)))
     console.print(count_table(f"fine-tuning, mean over {len(attribute or ATTRIBUTES)} attributes, {images} held-out images", lines))
     console.print(count_table("the walk", [(k.replace("_", " "), f"{v:.5f}") for k, v in walked.items() if isinstance(v, float)]))

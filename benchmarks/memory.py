@@ -1,4 +1,4 @@
-"""What fine-tuning at real size keeps in memory, by memory mode: counted from shapes, nothing is computed.
+"""What fine-tuning, inversion and editing at real size keep in memory: counted from shapes, nothing is computed.
 
 python -m benchmarks.memory --out benchmarks/results/memory.json
 """
@@ -15,6 +15,9 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from jobs.evaluate import machine
 from jobs.progress import console, display
@@ -29,6 +32,7 @@ from models.recipe import Recipe, Tuning
 from models.unet import NoiseUNet
 
 GIB = 2**30
+NAMES = ("ddpm-256", "iddpm-256", "adm-256", "adm-512")
 CASES = {
     "full": ("float32", None),
     "checkpoint": ("float32", None),
@@ -85,6 +89,33 @@ def needs(architecture: str, case: str, steps: int) -> dict[str, float]:
         }
 
 
+class Peak(TorchDispatchMode):
+    """The greatest number of bytes that results of operations hold at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[StorageWeakRef, int] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.live[StorageWeakRef(storage)] = storage.nbytes()
+        self.bytes = max(self.bytes, sum(self.live.values()))
+        return result
+
+
+def walking(architecture: str, batch: int) -> dict[str, float]:
+    """GiB of the weights of one model and of what a call without gradients holds at its most, for a batch of images."""
+    size, model = ARCHITECTURES[architecture].image_size, network(architecture, "float32", None)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Peak() as peak:
+        model(torch.zeros(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64))
+    return {"weights": bytes_of(model) / GIB, "call": peak.bytes / GIB}
+
+
 def network(architecture: str, precision: str, rank: int | None) -> NoiseUNet:
     unet = empty_network(config_of(ARCHITECTURES[architecture])).to_empty(device="cpu")
     if rank is not None:
@@ -106,16 +137,23 @@ def bytes_of(module: nn.Module) -> int:
 def main(steps: int = 6, out: Annotated[Path | None, typer.Option()] = None) -> None:
     """Prints the needs of one image at a time, with CLIP ViT-B/16, for the architectures of the real domains."""
     results = []
-    with display("counting", 4 * len(CASES), "cases") as shown:
-        for architecture in ("ddpm-256", "iddpm-256", "adm-256", "adm-512"):
+    with display("counting", len(NAMES) * len(CASES), "cases") as shown:
+        for architecture in NAMES:
             for case in CASES:
                 results.append({"architecture": architecture, "memory": case, **needs(architecture, case, steps)})
                 shown.update(len(results), f"{architecture} {case}")
+    walks = [{"architecture": name, "batch": batch, **walking(name, batch)} for name in NAMES for batch in (1, 16)]
     lines = [(f"{r['architecture']}, {r['memory']}", f"{r['total']:.1f} GiB, {r['activations']:.1f} of it activations") for r in results]
     console.print(count_table(f"fine-tuning through {steps} steps, one image", lines))
+    lines = [(f"{r['architecture']}, batch {r['batch']}", f"{r['weights']:.2f} GiB a model, {r['call']:.2f} GiB a call") for r in walks]
+    console.print(count_table("inversion and editing", lines))
     if out:
-        rounded = [{k: round(v, 2) if isinstance(v, float) else v for k, v in r.items()} for r in results]
-        out.write_text(json.dumps({"machine": machine(), "steps_down": steps, "results": rounded}, indent=2) + "\n")
+        report = {"machine": machine(), "steps_down": steps, "finetune": rounded(results), "walk": rounded(walks)}
+        out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def rounded(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: round(v, 2) if isinstance(v, float) else v for k, v in r.items()} for r in results]
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def edit(
     max_pixels: o.MaxPixels = 64_000_000,
     max_reject_rate: o.RejectRate = 0.1,
     overwrite: o.Overwrite = False,
+    retry_rejects: o.RetryRejects = False,
     workers: o.Workers = 2,
     gpus: o.Gpus = 0.0,
     cpus: o.Cpus = 1.0,
@@ -99,6 +100,7 @@ def edit(
         resources=Resources(workers=workers, gpus=gpus, cpus=cpus, batch=batch, block_rows=block_rows, max_pixels=max_pixels),
         max_reject_rate=max_reject_rate,
         overwrite=overwrite,
+        retry_rejects=retry_rejects,
         command=command_line(),
     )
     carry_out(run, "edit", address, verbose)

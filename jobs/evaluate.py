@@ -111,7 +111,7 @@ def domain_figures(domain: str, rows: int) -> dict[str, Any]:
 
 
 def edit_figures(summary: Any) -> dict[str, Any]:
-    names = ("attribute", "degree", "rows", "rejected", "mae", "ssim", "clip_direction", "changeable", "success", "kept")
+    names = ("attribute", "degree", "rows", "rejected", "mae", "ssim", "clip_direction", "identity", "changeable", "success", "kept")
     values = {name: getattr(summary, name) for name in names}
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
 

@@ -40,7 +40,17 @@ Limit = Annotated[int | None, typer.Option(help="Only the first so many rows.", 
 BlockRows = Annotated[int, typer.Option(help="Rows of one output file: what a crash costs.", rich_help_panel=ROWS)]
 MaxPixels = Annotated[int, typer.Option(help="Larger pictures become rejects.", rich_help_panel=ROWS)]
 RejectRate = Annotated[float, typer.Option(help="A greater share of rejects ends with exit status 3.", rich_help_panel=ROWS)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.", rich_help_panel=ROWS)]
+RetryRejects = Annotated[
+    bool, typer.Option("--retry-rejects", help="When going on, compute blocks with rejects again.", rich_help_panel=ROWS)
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Start from nothing and replace what the output holds; else the same request goes on where it stopped.",
+        rich_help_panel=ROWS,
+    ),
+]
 Workers = Annotated[int, typer.Option(help="At most this many actors, each with its own model.", rich_help_panel=MACHINES)]
 Gpus = Annotated[float, typer.Option(help="GPUs an actor; 0 runs on the CPU.", rich_help_panel=MACHINES)]
 Cpus = Annotated[float, typer.Option(help="CPUs an actor.", rich_help_panel=MACHINES)]

@@ -22,17 +22,18 @@ class _Note(ProgressColumn):
 class Display:
     """One line of progress: ``update(done, note)`` as often as you like."""
 
-    def __init__(self, name: str, total: int, unit: str, bar: Progress | None):
+    def __init__(self, name: str, total: int, unit: str, bar: Progress | None, before: int = 0):
         self.name, self.total, self.unit, self.bar = name, total, unit, bar
         self.started = self.printed = time.monotonic()
-        self.last = 0
+        self.before = before
+        self.last = before
         self.task = bar.add_task(name, total=total, note="") if bar else None
 
     def update(self, done: int, note: str = "") -> None:
         """``note`` stands before the rate, e.g. ``3 rejected``."""
         seconds = time.monotonic() - self.started
-        rate = done / seconds if seconds > 0 else 0.0
-        words = ", ".join(w for w in (note, f"{rate:.1f} {self.unit}/s" if done and self.unit != "%" else "") if w)
+        rate = (done - self.before) / seconds if seconds > 0 else 0.0
+        words = ", ".join(w for w in (note, f"{rate:.1f} {self.unit}/s" if done > self.before and self.unit != "%" else "") if w)
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, note=words)
             return
@@ -45,12 +46,12 @@ class Display:
 
 
 @contextmanager
-def display(name: str, total: int, unit: str = "rows") -> Iterator[Display]:
-    """Shows ``name`` and what happens to ``total`` things."""
+def display(name: str, total: int, unit: str = "rows", before: int = 0) -> Iterator[Display]:
+    """Shows ``name`` and what happens to ``total`` things, of which ``before`` were done earlier."""
     if not console.is_terminal:
         console.print(f"{name}: starting")
-        yield Display(name, total, unit, None)
+        yield Display(name, total, unit, None, before)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Note(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        yield Display(name, total, unit, bar)
+        yield Display(name, total, unit, bar, before)

@@ -17,8 +17,9 @@ from PIL import Image
 
 from pipeline.codec import FORMATS, MAX_PIXELS, ImageError, decode, encode_png
 from pipeline.config import ConfigError
+from pipeline.manifest import RECORD
 from pipeline.sources import Input
-from pipeline.summary import RECORD, Summary, edit_folders, locate, open_edits, rows_at, spread, summarise
+from pipeline.summary import Summary, edit_folders, locate, open_edits, rows_at, spread, summarise
 
 TEMPLATE = "page.html.j2"
 LARGEST = 256
@@ -142,6 +143,7 @@ def _render(columns: list[Column], rows: int, title: str) -> str:
         title=title,
         columns=columns,
         finished=_finished([column.summary for column in columns]),
+        identity=any(column.summary.identity is not None for column in columns),
         sampled=len(sources),
         total=first.rows,
         beside=beside,

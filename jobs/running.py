@@ -27,7 +27,9 @@ def run_plan(plan: "Plan", name: str) -> "Report":
     """Runs a plan on the connected Ray and prints one line a dataset."""
     from pipeline.dataset import execute
 
-    with display(name, plan.found.rows) as shown:
+    if plan.done.rows:
+        console.print(f"{name}: {plan.done.rows} of {plan.found.rows} rows are there from an earlier run; going on with the others")
+    with display(name, plan.found.rows, before=plan.done.rows) as shown:
         report = execute(plan, lambda now: shown.update(now.done, f"{now.rejected} rejected"))
     for output in plan.outputs:
         console.print(

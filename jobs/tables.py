@@ -7,14 +7,18 @@ from pipeline.summary import Summary
 
 
 def score_table(summaries: list[Summary]) -> Table:
-    """One line a dataset of edits: rows in, edited and rejected, mean scores, shares, and model calls an image."""
-    names = ("edit", "degree", "in", "edited", "rejected", "MAE", "SSIM", "CLIP", "success", "kept", "calls")
+    """One line a dataset of edits: rows in, edited and rejected, mean scores, shares, and model calls an image.
+
+    Identity has a column only where a run scored it.
+    """
+    identity = any(s.identity is not None for s in summaries)
+    names = ("edit", "degree", "in", "edited", "rejected", "MAE", "SSIM", "CLIP", *["identity"] * identity, "success", "kept", "calls")
     table = Table(*names, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for s in summaries:
         calls = s.record.get("model_calls_per_image")
-        scores = [number(v) for v in (s.mae, s.ssim, s.clip_direction, s.success, s.kept)]
+        scores = [number(v) for v in (s.mae, s.ssim, s.clip_direction, *[s.identity] * identity, s.success, s.kept)]
         table.add_row(s.attribute, f"{s.degree:g}", str(s.rows), str(s.rows - s.rejected), str(s.rejected), *scores, str(calls or "-"))
     return table
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -262,13 +263,19 @@ def _epoch(training: Training, latents: Tensor, reference: Tensor, objective: Ob
 def _optimize(
     training: Training, batches: Iterable[tuple[Iterator[dict[str, Tensor]], float]], average: Average, decay: float
 ) -> dict[str, float]:
-    """One optimizer step on the next losses of every batch, weighted by its share; one graph in memory at a time."""
+    """One optimizer step on the next losses of every batch, weighted by its share; one graph in memory at a time. Raises
+    ArithmeticError for a loss that is not finite, which no further step would mend."""
     training.optimizer.zero_grad()
     sums: dict[str, float] = {}
     for losses, share in batches:
         now = next(losses)
         training.scaler.scale(share * now["loss"]).backward()
         sums = {name: sums.get(name, 0.0) + share * value.item() for name, value in now.items()}
+    if not isfinite(sums["loss"]):
+        rate = training.optimizer.param_groups[0]["lr"]
+        raise ArithmeticError(
+            f"the loss is not finite in epoch {training.epoch + 1} at learning rate {rate:g}; lower the rate or its growth, or use float32"
+        )
     average(p.grad for p in training.trained.values() if p.grad is not None)
     training.scaler.step(training.optimizer)
     training.scaler.update()

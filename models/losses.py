@@ -5,11 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FORMS = ("log", "cosine")
+LEAST_CHANGE = 0.01
 
 
 def directional_similarity(before: Tensor, after: Tensor, text_direction: Tensor) -> Tensor:
-    """(B,) cosines between the change of image features (B, D) and the text direction (D,); 0 where nothing changed."""
-    return F.cosine_similarity(after - before, text_direction.expand_as(after), dim=-1)
+    """(B,) cosines between the change of image features (B, D), of length 1 each, and the text direction (D,).
+
+    A change shorter than ``LEAST_CHANGE`` counts as one of that length, so that none at all is 0 and has a bounded gradient:
+    an edit model starts as the base model, and with the reconstruction as reference its first change is exactly 0.
+    """
+    change = after - before
+    length = change.square().sum(-1).clamp_min(LEAST_CHANGE**2).sqrt()
+    return (change * F.normalize(text_direction, dim=-1)).sum(-1) / length
 
 
 def directional_loss(similarity: Tensor, form: str = "log") -> Tensor:

@@ -138,6 +138,9 @@ class Run:
     resources: Resources = field(default_factory=Resources)
     max_reject_rate: float = 0.1
     overwrite: bool = False
+    """Start from nothing; else a run of the same request goes on where an earlier one stopped."""
+    retry_rejects: bool = False
+    """Compute blocks with rejects again, too."""
     command: str = ""
     """The command line that asked for this run, for the record."""
 
@@ -153,6 +156,8 @@ class Run:
     def problems(self) -> list[str]:
         """Everything that is impossible in the numbers, before any file is looked at."""
         found = self.recipe.problems() + self.resources.problems()
+        if self.overwrite and self.retry_rejects:
+            found.append("--overwrite computes everything again, rejects too; leave --retry-rejects out")
         if not 0 <= self.max_reject_rate <= 1:
             found.append(f"the greatest share of rejects must lie between 0 and 1; got {self.max_reject_rate}")
         if self.source.limit is not None and self.source.limit < 1:
@@ -188,6 +193,11 @@ class TuneRun:
     cpus: float = 1.0
     storage: Path | None = None
     """Where Ray Train keeps checkpoints; beside the output if None."""
+
+    @property
+    def loss_clips(self) -> tuple[str, ...]:
+        """References of the CLIPs in the loss."""
+        return self.clips or (self.domain.clip,)
 
     def problems(self) -> list[str]:
         found = self.recipe.problems() + self.tuning.problems()

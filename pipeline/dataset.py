@@ -1,10 +1,10 @@
 """Ray Data: blocks of rows through a pool of actors into Parquet files, every input row accounted for."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from models.recipe import Recipe
 from models.weights import WeightsError, fingerprint, load_card
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Run, Source, versions
+from pipeline.manifest import RUNNING, write_in_one_stroke, write_manifest
+from pipeline.resume import Done, clear, file_name, finished, output_problems, request_of
 from pipeline.sources import Block, Input, absolute, check_ids, find, plan_blocks, read_block
-from pipeline.summary import RECORD
 
 if TYPE_CHECKING:
     from pipeline.stages import Stage
@@ -41,6 +42,8 @@ class Output:
     folder: str
     edit: Edit | None
     columns: pa.Schema
+    request: dict[str, Any]
+    """Everything that decides its rows, as ``pipeline.resume`` compares it."""
     model_calls: int
     """Network evaluations an image, without the way up that all edits of a run share."""
 
@@ -52,6 +55,8 @@ class Plan:
     run: Run
     found: Input
     blocks: list[Block]
+    done: Done
+    """What an earlier run of the same request has left."""
     input_ids: np.ndarray
     """Sorted hashes of all input ids."""
     outputs: tuple[Output, ...]
@@ -69,6 +74,8 @@ class Report:
 
     rows: int
     done: int = 0
+    resumed: int = 0
+    """Rows among the done ones that an earlier run had finished."""
     reasons: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -88,18 +95,32 @@ def make_plan(run: Run) -> Plan:
         found = find(run.source)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
-    problems += _latent_problems(run, found) + _edit_problems(run) + _name_problems(run, found) + _output_problems(run)
+    problems += (
+        _latent_problems(run, found) + _edit_problems(run) + _clip_problems(run) + _name_problems(run, found) + _output_problems(run)
+    )
     if problems:
         raise ConfigError(*problems)
-    blocks = plan_blocks(found, run.resources.block_rows)
-    return Plan(run=run, found=found, blocks=blocks, input_ids=check_ids(found, blocks), outputs=_outputs(run, found))
+    outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
+    done = Done()
+    if not run.overwrite:
+        problems = [problem for output in outputs for problem in output_problems(output.folder, output.request)]
+        if problems:
+            raise ConfigError(*problems)
+        done = finished(blocks, [output.folder for output in outputs], run.retry_rejects)
+    return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=check_ids(found, blocks), outputs=outputs)
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
-    about = {"domain": run.domain.name, "domain_fingerprint": fingerprint(run.domain.weights), "recipe": run.recipe.to_dict()}
+    about = {
+        "domain": run.domain.name,
+        "family": run.domain.family,
+        "domain_fingerprint": fingerprint(run.domain.weights),
+        "recipe": run.recipe.to_dict(),
+    }
     if not run.edits:
         columns = schema.latents_schema(found.user_columns, run.domain.image_size, about)
-        return (Output(folder=run.output, edit=None, columns=columns, model_calls=run.recipe.calls_up),)
+        request = request_of(run, found, None)
+        return (Output(folder=run.output, edit=None, columns=columns, request=request, model_calls=run.recipe.calls_up),)
     factors = tuple(FACTORS) if run.domain.judge else ()
     outputs = []
     for edit in run.edits:
@@ -108,7 +129,8 @@ def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
             found.user_columns, factors, {**about, "edit": parts, "degree": edit.degree, "clip": run.clip}, run.identity is not None
         )
         calls = _calls_down(run, edit)
-        outputs.append(Output(folder=f"{run.output.rstrip('/')}/{edit.name}", edit=edit, columns=columns, model_calls=calls))
+        folder, request = f"{run.output.rstrip('/')}/{edit.name}", request_of(run, found, edit)
+        outputs.append(Output(folder=folder, edit=edit, columns=columns, request=request, model_calls=calls))
     return tuple(outputs)
 
 
@@ -164,6 +186,14 @@ def _edit_problems(run: Run) -> list[str]:
     return problems
 
 
+def _clip_problems(run: Run) -> list[str]:
+    if run.clip is None or not any(edit.parts for edit in run.edits):
+        return []
+    from models.clip import clip_problems  # it may take seconds
+
+    return clip_problems(run.clip)
+
+
 def _name_problems(run: Run, found: Input) -> list[str]:
     taken = {"id", "image", schema.ROW, schema.BLOCK, *schema.own_columns(run.kind)}
     clash = [name for name in found.user_columns.names if name in taken]
@@ -173,15 +203,15 @@ def _name_problems(run: Run, found: Input) -> list[str]:
 def _output_problems(run: Run) -> list[str]:
     try:
         fs, root = url_to_fs(run.output)
-        files = [f for f in fs.find(root) if f.endswith(".parquet")] if fs.exists(root) else []
+        direct = [f for f in fs.ls(root, detail=False) if str(f).endswith(".parquet")] if fs.isdir(root) else []
         if fs.isfile(root):
             return [f"the output {run.output} is a file; give a folder"]
     except (ValueError, ImportError, OSError) as error:
         return [f"the output {run.output} cannot be used: {error}"]
     if root == url_to_fs(run.source.path)[1]:
         return [f"input and output are the same: {run.output}; give another output folder"]
-    if files and not run.overwrite:
-        return [f"{run.output} holds {len(files)} Parquet files already; give another folder, or --overwrite"]
+    if direct and run.edits:
+        return [f"{run.output} is a dataset itself ({len(direct)} Parquet files); edits need a folder for their folders, give another"]
     try:
         fs.makedirs(root, exist_ok=True)
         fs.touch(f"{root}/.writable", truncate=True)
@@ -212,7 +242,7 @@ class Worker:
         return pa.table({"rows": pa.array([rows for rows, _ in receipts]), "errors": errors})
 
     def _finish(self, table: pa.Table) -> tuple[int, list[str]]:
-        name = f"part-{table[schema.ROW][0].as_py():012d}.parquet"
+        name = file_name(table[schema.ROW][0].as_py())
         table = table.drop_columns([schema.ROW, schema.BLOCK])
         latents = self.invert(table) if self.invert else table
         errors: list[str] = []
@@ -244,15 +274,9 @@ def split_blocks(table: pa.Table) -> Iterator[pa.Table]:
 
 def write_file(folder: str, name: str, table: pa.Table) -> None:
     """Writes one Parquet file under its final name in one stroke: readers never see half of it, a retry replaces it."""
-    fs, root = url_to_fs(folder)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=ROW_GROUP, write_page_index=True)
-    data = sink.getvalue().to_pybytes()
-    if "file" in fs.protocol:
-        fs.pipe_file(f"{root}/.{name}.tmp", data)
-        fs.mv(f"{root}/.{name}.tmp", f"{root}/{name}")
-    else:  # object stores show a file when it is complete
-        fs.pipe_file(f"{root}/{name}", data)
+    write_in_one_stroke(folder, name, sink.getvalue().to_pybytes())
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -272,25 +296,17 @@ def block_dataset(found: Input, blocks: list[Block], cpus: float = 0.5) -> ray.d
 
 
 def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: None) -> Report:
-    """Runs a plan on the Ray cluster that is connected. Raises AuditError if the output's ids are not the input's."""
-    run, started = plan.run, time.monotonic()
-    report = Report(rows=plan.found.rows)
+    """Runs what is left of a plan on the Ray cluster that is connected. Raises AuditError if the output's ids are not the
+    input's."""
+    started, done = time.monotonic(), plan.done
+    report = Report(rows=plan.found.rows, done=done.rows, resumed=done.rows, reasons=Counter(done.reasons))
+    kept = {file_name(start) for start in done.starts}
     for output in plan.outputs:
-        _clear(output.folder)
-    on_gpu = run.resources.gpus > 0
-    # Beside GPUs, tasks of their own read ahead. Without, reading costs next to nothing and is fused into the actors.
-    rows = block_dataset(plan.found, plan.blocks, 0.5 if on_gpu else run.resources.cpus)
-    receipts = rows.map_batches(
-        Worker,
-        fn_constructor_args=(run, plan.outputs, plan.found.has_latents),
-        compute=_pool(min(run.resources.workers, len(plan.blocks))),
-        batch_size=max(block.rows for block in plan.blocks) if on_gpu else None,
-        batch_format="pyarrow",
-        num_cpus=run.resources.cpus,
-        num_gpus=run.resources.gpus or None,
-    )
-    for receipt in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(receipt, pa.Table)
+        clear(output.folder, kept.__contains__)
+        write_manifest(output.folder, _manifest(plan, output, report, RUNNING))
+    on_progress(report)
+    left = [block for block in plan.blocks if block.start not in done.starts]
+    for receipt in _receipts(plan, left):
         report.done += sum(receipt["rows"].to_pylist())
         for errors in receipt["errors"].to_pylist():
             report.reasons.update(errors)
@@ -298,8 +314,30 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
         on_progress(report)
     for output in plan.outputs:
         audit(plan.input_ids, output.folder)
-        _write_record(plan, output, report)
+        write_manifest(output.folder, _manifest(plan, output, report, "finished"))
     return report
+
+
+def _receipts(plan: Plan, blocks: list[Block]) -> Iterator[pa.Table]:
+    """Computes and writes blocks; yields how many rows each had, and the reasons of its rejects."""
+    run = plan.run
+    if not blocks:
+        return
+    on_gpu = run.resources.gpus > 0
+    # Beside GPUs, tasks of their own read ahead. Without, reading costs next to nothing and is fused into the actors.
+    rows = block_dataset(plan.found, blocks, 0.5 if on_gpu else run.resources.cpus)
+    receipts = rows.map_batches(
+        Worker,
+        fn_constructor_args=(run, plan.outputs, plan.found.has_latents),
+        compute=_pool(min(run.resources.workers, len(blocks))),
+        batch_size=max(block.rows for block in blocks) if on_gpu else None,
+        batch_format="pyarrow",
+        num_cpus=run.resources.cpus,
+        num_gpus=run.resources.gpus or None,
+    )
+    for receipt in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(receipt, pa.Table)
+        yield receipt
 
 
 def _pool(most: int) -> ray.data.ActorPoolStrategy:
@@ -316,18 +354,12 @@ def audit(input_ids: np.ndarray, folder: str) -> None:
         raise AuditError(f"{folder}: {lost} input ids are missing and {foreign} ids are not of the input; run again with --overwrite")
 
 
-def _clear(folder: str) -> None:
-    fs, root = url_to_fs(folder)
-    fs.makedirs(root, exist_ok=True)
-    for file in fs.find(root):
-        if file.endswith((".parquet", RECORD)):
-            fs.rm_file(file)
-
-
-def _write_record(plan: Plan, output: Output, report: Report) -> None:
-    run = plan.run
-    edit = output.edit
-    record = {
+def _manifest(plan: Plan, output: Output, report: Report, state: str) -> dict[str, Any]:
+    run, edit = plan.run, output.edit
+    return {
+        "state": state,
+        "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+        "request": output.request,
         "command": run.command,
         "kind": run.kind,
         "input": run.source.path,
@@ -338,11 +370,10 @@ def _write_record(plan: Plan, output: Output, report: Report) -> None:
         "ranges": edit.ranges if edit else None,
         "score_clip": run.clip if edit else None,
         "rows": report.rows,
+        "resumed_rows": report.resumed,
         "rejected": report.rejected,
         "reasons": dict(report.reasons.most_common(20)),
         "model_calls_per_image": output.model_calls,
         "seconds": round(report.seconds, 2),
         "versions": versions(),
     }
-    fs, root = url_to_fs(output.folder)
-    fs.pipe_file(f"{root}/{RECORD}", json.dumps(record, indent=2).encode())

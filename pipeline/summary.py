@@ -3,7 +3,6 @@
 Everything streams: columns of scores in batches, pictures only of the row groups that hold a row asked for.
 """
 
-import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +20,16 @@ from fsspec.core import url_to_fs
 from models.attributes import ATTRIBUTES
 from pipeline import schema
 from pipeline.config import ConfigError, Source
+from pipeline.manifest import RUNNING, read_manifest
 from pipeline.sources import Input, find
 
-RECORD = "_run.json"
-"""As in pipeline/dataset.py, which cannot be imported without starting to load Ray."""
 MAX_REJECTS = 50
 MAX_REASONS = 1000
 """Different reasons that are counted apart; what comes after them is counted as ``OTHER``, so that memory stays bounded."""
 OTHER = "other reasons"
 FILES = 32
 """Parquet files that are open to one scan."""
-_MEANS = ("mae", "ssim", "clip_direction")
+_MEANS = ("mae", "ssim", "clip_direction", schema.IDENTITY.name)
 _READINGS = ("factors_before", "factors_after")
 
 
@@ -51,6 +49,8 @@ class Summary:
     mae: float | None
     ssim: float | None
     clip_direction: float | None
+    identity: float | None
+    """Mean cosine of face recognition features of source and edited; None if the run had no weights for it."""
     changeable: int
     """Rows in which at least one wanted value was missing before; what ``success`` is a share of."""
     success: float | None
@@ -132,16 +132,8 @@ def open_edits(folder: str) -> Input:
 
 def read_record(folder: str) -> dict[str, Any]:
     """What the run wrote about itself beside the rows; empty where it has not finished. Raises ConfigError if it is damaged."""
-    fs, root = url_to_fs(folder)
-    if not fs.exists(f"{root}/{RECORD}"):
-        return {}
-    try:
-        record = json.loads(fs.cat_file(f"{root}/{RECORD}"))
-    except ValueError as error:
-        raise ConfigError(f"{folder}/{RECORD} is damaged: {error}") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{folder}/{RECORD} is damaged: it holds no JSON object")
-    return record
+    manifest = read_manifest(folder)
+    return {} if manifest.get("state") == RUNNING else manifest
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -153,7 +145,7 @@ def summarise(folder: str) -> Summary:
     about = schema.about(found.columns)
     attribute, degree = _name_and_degree(found, about)
     parts = about.get("edit") or []
-    changes = wanted_values(about.get("domain", ""), parts, degree)
+    changes = wanted_values(str(about.get("family", "")), parts, degree)
     tally = _Tally(changes=changes)
     columns = [n for n in ("id", "error", *_MEANS, *_READINGS) if n in found.columns.names]
     for batch in batches(found, columns):
@@ -176,14 +168,14 @@ def summarise(folder: str) -> Summary:
     )
 
 
-def wanted_values(domain: str, parts: Sequence[Mapping[str, Any]], degree: float) -> dict[str, str | None] | None:
+def wanted_values(family: str, parts: Sequence[Mapping[str, Any]], degree: float) -> dict[str, str | None] | None:
     """Factor -> the value that an edit should give it; empty for a reconstruction, None where that is not known.
 
     The value is None where there is no right one: two attributes of a mix want different values, or one is taken away.
     """
     wanted: dict[str, str | None] = {}
     for part in parts:
-        attribute = ATTRIBUTES.get((domain, part["name"]))
+        attribute = ATTRIBUTES.get((family, part["name"]))
         if attribute is None or attribute.changes is None:
             return None
         factor, value = attribute.changes
@@ -231,7 +223,8 @@ class _Tally:
     def add(self, batch: pa.RecordBatch) -> None:
         self.rows += len(batch)
         for name in _MEANS:
-            self.means[name].add(batch[name])
+            if name in batch.schema.names:
+                self.means[name].add(batch[name])
         if batch["error"].null_count < len(batch):
             self._add_rejects(batch.filter(pc.is_valid(batch["error"])))
         if _READINGS[0] in batch.schema.names and self.changes is not None:

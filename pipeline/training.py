@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.attributes import attributes_of
+from models.clip import clip_problems
 from models.domains import Domain
 from models.weights import Card, fingerprint, save_edit_model
 from pipeline import codec
@@ -79,7 +80,9 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
         problems.append(f"{run.latents} holds no latents; make them with: diffusionclip invert {run.latents} LATENTS")
     else:
         problems += latent_mismatch(found, run.domain, run.recipe.of_latent())
-    problems += word_problems(run.domain, run.source_text, run.target_text)
+    problems += [problem for clip in run.loss_clips for problem in clip_problems(clip)]
+    if run.domain.clip in run.loss_clips and not problems:
+        problems += word_problems(run.domain, run.source_text, run.target_text)
     if problems:
         raise ConfigError(*problems)
     return TunePlan(run=run, found=found)
@@ -188,7 +191,7 @@ def make_objective(run: TuneRun, device: str) -> "Objective":
     from models.identity import load_identity
     from models.unet import load_alpha_bars
 
-    clips = [load_clip(reference).to(device) for reference in run.clips or (run.domain.clip,)]
+    clips = [load_clip(reference).to(device) for reference in run.loss_clips]
     alpha_bars = load_alpha_bars(run.domain.weights)
     return Objective(
         clips=tuple((clip, clip.text_direction(run.source_text, run.target_text)) for clip in clips),
@@ -288,7 +291,7 @@ def make_card(run: TuneRun, metrics: dict[str, float]) -> Card:
         images=int(metrics["images"]),
         steps=int(metrics["step"]),
         rank=run.tuning.rank,
-        clips=list(run.clips or (run.domain.clip,)),
+        clips=list(run.loss_clips),
         losses={name: round(metrics[name], 5) for name in (*LOSSES, "held_out") if name in metrics},
         versions=versions(),
     )

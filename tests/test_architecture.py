@@ -33,6 +33,7 @@ TESTED_ELSEWHERE = {
     "jobs/rebuild.py": "test_pixelface_training.py",  # hours of training; its parts are tested
     "pipeline/dataset.py": "test_end_to_end.py",  # needs a Ray cluster
     "pipeline/training.py": "test_end_to_end.py",
+    "pipeline/manifest.py": "test_resume.py",  # read and written there
     "pipeline/scoring.py": "test_stages.py",  # a stage like the others
 }
 """Modules that may do without a test file of their name, and the one that covers them."""

@@ -1,14 +1,20 @@
 """The whole chain as people run it: real processes, real Ray, the shipped images and weights."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 from models.domains import DOMAINS
 from models.weights import load_card
@@ -112,6 +118,70 @@ def test_the_page_of_a_run_is_one_file(edits, tmp_path):
     assert "cut.png" in page
 
 
+@pytest.fixture(scope="module")
+def lean(latents, tuned) -> Path:
+    """A low-rank edit model beside the whole one, trained with recomputation until it no longer gets better."""
+    words = ("--name", "lean", "--source-text", "face", "--target-text", "sad face", "--rank", "2", "--memory", "checkpoint")
+    more = ("--epochs", "3", "--batch", "2", "--accumulate", "2", "--held-out", "2", "--images", "4", "--steps-down", "2")
+    run("finetune", str(latents), str(tuned), *words, *more)
+    return tuned
+
+
+def test_a_low_rank_edit_model_is_small_and_says_so(lean):
+    card = load_card(lean / "lean.safetensors")
+    assert (card.rank, card.images, card.clips) == (2, 4, [PIXELFACE.clip])
+    assert "held_out" in card.losses
+    assert (lean / "lean.safetensors").stat().st_size < (lean / "rosy.safetensors").stat().st_size / 8
+
+
+def test_mixes_by_ranges_of_timesteps_use_both_kinds_of_edit_models(lean, latents, tmp_path):
+    mixes = ("--mix", "lean=0.5,rosy=0.5", "--mix", "0:lean=1;150:rosy=0.5,base=0.5")
+    run("edit", str(latents), str(tmp_path), *mixes, "--models", str(lean), "--steps-down", "3", "--max-reject-rate", "0.5")
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 2
+    tables = [pq.read_table(folder).sort_by("id") for folder in folders]
+    assert [table["edited"].null_count for table in tables] == [3, 3]
+    assert tables[0]["edited"] != tables[1]["edited"]
+
+
+def test_strokes_of_another_kind_are_brought_into_the_domain_before_they_are_edited(tuned, tmp_path):
+    """A flat drawing comes nearer to what the model knows, the same one however often it is run and in whatever batch."""
+    pictures = tmp_path / "strokes"
+    pictures.mkdir()
+    for i, colour in enumerate([(224, 172, 105), (120, 80, 50), (240, 200, 170)]):
+        drawing = Image.new("RGB", (64, 64), (250, 220, 225))
+        ImageDraw.Draw(drawing).rectangle((12, 12, 52, 52), fill=colour)
+        drawing.save(pictures / f"{i}.png")
+    words = ("-a", "none", "-a", "rosy", "--models", str(tuned), "--project", "2", "--return-step", "300", "--steps-up", "4")
+    for out, batch in (("one", "1"), ("three", "3")):
+        run("edit", str(pictures), str(tmp_path / out), *words, "--steps-down", "4", "--batch", batch, "--workers", "1")
+    one, three = (pq.read_table(tmp_path / out / "none").sort_by("id") for out in ("one", "three"))
+    again = [[codec.decode(data, 32).astype(int) for data in schema.image_bytes(table["edited"])] for table in (one, three)]
+    assert max(np.abs(a - b).max() for a, b in zip(*again, strict=True)) <= 1
+    source = [codec.decode(data, 32).astype(int) for data in schema.image_bytes(one["image"])]
+    assert all(np.abs(a - b).mean() > 2 for a, b in zip(source, again[0], strict=True))
+
+
+def test_a_fine_tuning_that_was_killed_goes_on_and_ends_where_it_would_have_ended(latents, tmp_path):
+    words = ("--name", "rosy", "--source-text", "face", "--target-text", "face with red hair", "--epochs", "8", "--batch", "4",
+             "--steps-down", "4", "--learning-rate-growth", "1.2", "--ema", "0.5")  # fmt: skip
+    command = [sys.executable, "-m", "jobs.cli", "finetune", str(latents), str(tmp_path / "cut"), *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while process.poll() is None and not list((tmp_path / "cut").glob(".training/*/checkpoint_*/training.pt")):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+        assert process.poll() is None, "it was over before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "cut" / "rosy.safetensors").exists()
+    done = run(*command[3:])
+    assert "rosy in" in done.stdout
+    run("finetune", str(latents), str(tmp_path / "whole"), *words)
+    cut, whole = (load_file(tmp_path / name / "rosy.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    cards = [load_card(tmp_path / name / "rosy.safetensors") for name in ("cut", "whole")]
+    assert cards[0] == cards[1]
+
+
 def test_more_rejects_than_allowed_end_with_status_3_after_everything_is_written(mixed_folder, tmp_path):
     done = run("invert", str(mixed_folder), str(tmp_path / "out"), *TINY, "--workers", "1", status=3)
     assert "3 of 9 rows were rejected" in done.stderr
@@ -150,9 +220,10 @@ def test_latents_of_another_return_step_or_base_model_are_refused_by_name(latent
     assert "were made with return_step 200, but 300 is asked for" in done.stderr
 
 
-def test_an_output_that_holds_something_is_not_touched_without_overwrite(latents, mixed_folder):
+def test_an_output_of_another_request_is_not_touched_without_overwrite(latents, mixed_folder):
     before = {p.name: p.read_bytes() for p in latents.iterdir()}
     done = run("invert", str(mixed_folder), str(latents), *TINY, status=2)
+    assert "block rows was 4, now 64" in done.stderr
     assert "give another folder, or --overwrite" in done.stderr
     assert {p.name: p.read_bytes() for p in latents.iterdir()} == before
 

@@ -61,3 +61,17 @@ def test_no_change_and_the_opposite_change_give_finite_losses_and_gradients(form
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="one of log, cosine; got 'l2'"):
         directional_loss(torch.zeros(1), "l2")
+
+
+def test_no_change_at_all_is_similarity_0_with_a_gradient_that_can_be_followed() -> None:
+    """Where a training starts if its reference is the base model's own image; a gradient of 1e8 would ruin Adam's averages."""
+    features = torch.nn.functional.normalize(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    direction = torch.nn.functional.normalize(torch.ones(8), dim=0)
+    after = features.clone().requires_grad_(True)
+    similarity = directional_similarity(features, after, direction)
+    assert similarity.tolist() == [0, 0]
+    directional_loss(similarity).backward()
+    assert after.grad is not None
+    assert 0 < after.grad.norm() < 1000
+    moved = directional_similarity(features, features - 0.1 * after.grad / after.grad.norm(), direction)
+    assert (moved > 0.9).all()

@@ -22,6 +22,7 @@ from jobs.report import make_page
 from pipeline import dataset, schema
 from pipeline.codec import encode_png
 from pipeline.config import ConfigError
+from pipeline.manifest import RECORD
 
 HOSTILE = "<script src=https://evil.example/x.js></script><img src=x onerror=alert(1)>\"'</pre></style>"
 FLAGS = (
@@ -44,7 +45,7 @@ def write_edit(run: Path, parts: Sequence[str], degree: float = 1.0, rows: int =
         row = {"id": name, "image": png(i, side), "attribute": attribute, "degree": degree}
         good = {"edited": png(100 + i, side), "mae": 0.125, "ssim": 0.75, "clip_direction": 0.5}
         table.append(row | ({"image": {"bytes": b""}, "error": error} if i == 3 else good))
-    about = {"domain": "pixelface", "edit": [{"name": p, "weight": 1.0} for p in parts], "degree": degree}
+    about = {"domain": "pixelface", "family": "pixelface", "edit": [{"name": p, "weight": 1.0} for p in parts], "degree": degree}
     columns = schema.edits_schema(pa.schema([]), (), about)
     folder = run / (attribute[:40] if degree == 1 else f"{attribute}_x{degree:g}")
     folder.mkdir(parents=True)
@@ -52,7 +53,7 @@ def write_edit(run: Path, parts: Sequence[str], degree: float = 1.0, rows: int =
     edit = [{"name": p, "weight": 1.0, "file": f"{p}.safetensors", "source": "face", "target": f"face with {p}"} for p in parts]
     record = {"command": "diffusionclip edit faces --attribute glasses", "input": "faces", "domain": "pixelface", "edit": edit}
     record |= {"recipe": {"return_step": 400}, "versions": {"torch": "2"}, "model_calls_per_image": 20, "seconds": 7.25}
-    (folder / dataset.RECORD).write_text(json.dumps(record | changed.get("record", {})))
+    (folder / RECORD).write_text(json.dumps(record | changed.get("record", {})))
     return folder
 
 
@@ -181,7 +182,7 @@ def test_every_problem_of_a_request_is_named_and_nothing_written(run: Path, tmp_
 
 def test_a_dataset_of_a_run_that_has_not_finished_is_said_to_be_one(tmp_path: Path) -> None:
     folder = write_edit(tmp_path / "run", ["hat"])
-    (folder / dataset.RECORD).unlink()
+    (folder / RECORD).unlink()
     page = page_of([folder], tmp_path / "page.html")
     assert "the run has not finished" in page.text["scores"]
     assert "the run has not finished" in page.text["made"]

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import dataset, schema, summary
 from pipeline.config import ConfigError
+from pipeline.manifest import RECORD
 from pipeline.summary import edit_folders, locate, open_edits, rows_at, spread, summarise, wanted_values
 
 FACTORS = ("glasses", "hat", "skin")
@@ -24,7 +25,7 @@ def write_edits(
     folder: Path, rows: list[dict[str, Any]], parts: tuple[str, ...] = ("glasses",), degree: float = 1.0, per_file: int = 64
 ) -> Path:
     """An edits dataset as a run writes it; rows give what differs from a good row without pictures."""
-    about = {"domain": "pixelface", "edit": [{"name": p, "weight": 1 / len(parts)} for p in parts], "degree": degree}
+    about = {"domain": "pixelface", "family": "pixelface", "edit": [{"name": p, "weight": 1 / len(parts)} for p in parts], "degree": degree}
     columns = schema.edits_schema(pa.schema([("note", pa.string())]), FACTORS, about)
     named = {"attribute": "_and_".join(parts) or "none", "degree": degree}
     table = pa.Table.from_pylist([{"id": f"row-{i}", **named, **row} for i, row in enumerate(rows)], columns)
@@ -48,7 +49,7 @@ def test_figures_are_those_worked_out_by_hand(tmp_path: Path) -> None:
         {"error": "the image is null"},
     ]
     folder = write_edits(tmp_path / "glasses", rows, per_file=2)
-    (folder / dataset.RECORD).write_text(json.dumps({"model_calls_per_image": 20, "seconds": 7.5}))
+    (folder / RECORD).write_text(json.dumps({"model_calls_per_image": 20, "seconds": 7.5}))
     found = summarise(str(folder))
     assert (found.rows, found.edited, found.rejected) == (4, 3, 1)
     assert (found.mae, found.ssim, found.clip_direction) == pytest.approx((0.2, 0.6, 0.2))
@@ -153,13 +154,16 @@ def test_what_is_no_edits_dataset_is_refused_in_one_sentence(tmp_path: Path) -> 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     folder = write_edits(tmp_path / "none", [{}])
-    (folder / dataset.RECORD).write_text("{")
+    (folder / RECORD).write_text("{")
     with pytest.raises(ConfigError, match=r"_run\.json is damaged"):
         summarise(str(folder))
 
 
-def test_the_record_has_one_name() -> None:
-    assert summary.RECORD == dataset.RECORD
+def test_the_record_of_a_run_that_has_not_finished_is_none(tmp_path: Path) -> None:
+    folder = write_edits(tmp_path / "none", [{}])
+    (folder / RECORD).write_text(json.dumps({"state": "running", "seconds": 1.0}))
+    assert summarise(str(folder)).record == {}
+    assert summarise(str(folder)).seconds is None
 
 
 def test_a_dataset_in_an_object_store_is_read_like_one_on_disk(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Pictures out of a table into files. Ids come from data: no file is written outside the folder, and none over another."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from pipeline import schema
+from pipeline.config import ConfigError, Source
+from pipeline.sources import Input, find
+from pipeline.summary import batches
+
+SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+LONGEST = 100
+"""Characters of one part of a file's name; what is longer is cut and told apart by a hash."""
+
+
+def picture_table(address: str, column: str | None) -> tuple[Input, str]:
+    """A table with pictures and the column that they are in: the one asked for, else ``edited``, else ``image``.
+    Raises ConfigError if there is none."""
+    found = find(Source(path=address))
+    if found.kind != "parquet":
+        raise ConfigError(f"{address} holds picture files already; give a table that align, invert or edit wrote")
+    names = [f.name for f in found.columns if schema.is_image_column(f.type)]
+    chosen = column or next((name for name in ("edited", "image") if name in names), "image")
+    if chosen not in names or "id" not in found.columns.names:
+        raise ConfigError(f"{address} has no pictures in a column {chosen!r} beside an id; it has {', '.join(found.columns.names)}")
+    return found, chosen
+
+
+def pictures(found: Input, column: str) -> Iterator[tuple[str, bytes | None]]:
+    """Id and encoded picture of each row in order, None where there is no picture; a few row groups in memory at a time."""
+    for batch in batches(found, ["id", column]):
+        yield from zip(map(str, batch["id"].to_pylist()), schema.image_bytes(batch[column]), strict=True)
+
+
+def write_picture(folder: Path, name: str, data: bytes) -> Path | None:
+    """Writes an encoded picture, its bytes unchanged, to a file of its row's id; None if the bytes are no picture.
+
+    Raises OSError if it cannot be written.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            suffix = SUFFIXES.get(picture.format or "")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return None
+    if suffix is None:
+        return None
+    for path in (folder / safe_name(name, suffix), folder / safe_name(name, suffix, told_apart=True)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            continue
+        return path
+    raise FileExistsError(f"there are two rows with the id {name!r}")
+
+
+def safe_name(name: str, suffix: str, told_apart: bool = False) -> Path:
+    """A relative path made of an id: its parts without what a file system or a shell could take for something else; never
+    absolute, never upwards, never hidden. An id that had to be changed is ``told_apart`` from others by a hash."""
+    parts = [re.sub(r"[^\w. -]", "_", part).strip(" .").lstrip("-") for part in name.removesuffix(suffix).split("/")]
+    kept = [part[:LONGEST].strip(" .") for part in parts if part] or ["_"]
+    if told_apart or "/".join(kept) != name.removesuffix(suffix):
+        kept[-1] += "-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return Path(*kept[:-1], kept[-1] + suffix)

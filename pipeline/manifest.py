@@ -1,0 +1,42 @@
+"""``_run.json`` beside the rows of a dataset: what made them. Written before the first row and again at the end."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from pipeline.config import ConfigError
+
+RECORD = "_run.json"
+RUNNING = "running"
+"""The ``state`` of a manifest whose run has not come to its end."""
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """Empty where there is none. Raises ConfigError if it is damaged."""
+    fs, root = url_to_fs(folder)
+    if not fs.exists(f"{root}/{RECORD}"):
+        return {}
+    try:
+        manifest = json.loads(fs.cat_file(f"{root}/{RECORD}"))
+    except ValueError as error:
+        raise ConfigError(f"{folder}/{RECORD} is damaged: {error}") from None
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{folder}/{RECORD} is damaged: it holds no JSON object")
+    return manifest
+
+
+def write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:
+    """In one stroke: whoever reads meanwhile sees the old one or the new one."""
+    write_in_one_stroke(folder, RECORD, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def write_in_one_stroke(folder: str, name: str, data: bytes) -> None:
+    """A file under its final name only when it is whole; one that was there is replaced."""
+    fs, root = url_to_fs(folder)
+    if "file" in fs.protocol:
+        fs.pipe_file(f"{root}/.{name}.tmp", data)
+        fs.mv(f"{root}/.{name}.tmp", f"{root}/{name}")
+    else:  # object stores show a file when it is complete
+        fs.pipe_file(f"{root}/{name}", data)

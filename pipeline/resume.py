@@ -1,0 +1,162 @@
+"""What of a run is there already, and whether it is the same run; no Ray here.
+
+The ``request`` in an output folder's manifest names everything that decides its rows; a run that asks for the same goes on with
+the blocks that have no file yet.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from models.weights import fingerprint
+from pipeline.config import Edit, Run
+from pipeline.manifest import read_manifest
+from pipeline.sources import Block, Input
+
+THREADS = 32
+"""Files that are looked at side by side: on object stores each takes a while."""
+TEMPORARY = ".part-*.tmp"
+"""What a process that was killed may leave behind."""
+_STAMPS = ("size", "ETag", "mtime", "LastModified")
+
+
+# ---- the request -----------------------------------------------------------------------------------------------------
+
+
+def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
+    """Flat names and values of everything that decides the rows of one output; JSON as it comes back from a file.
+
+    Numbers of workers, GPUs and images in a batch are not among them: they decide the speed, and the last bit at most.
+    """
+    request: dict[str, Any] = {
+        "input": found.source.path,
+        "input files": _digest(found),
+        "id column": found.source.id_column,
+        "image column": found.source.image_column,
+        "limit": found.source.limit,
+        "block rows": run.resources.block_rows,
+        "pixel limit": run.resources.max_pixels,
+        "base model": fingerprint(run.domain.weights),
+        "image size": run.domain.image_size,
+        **{f"recipe {name}": value for name, value in run.recipe.to_dict().items()},
+    }
+    if edit is not None:
+        request |= {
+            "edit": [[part.name, fingerprint(part.file), part.weight] for part in edit.parts],
+            "degree": edit.degree,
+            "ranges": edit.ranges,
+            "score CLIP": run.clip,
+            "identity": run.identity,
+        }
+    back: dict[str, Any] = json.loads(json.dumps(request))
+    return back
+
+
+def _digest(found: Input) -> str:
+    """Of the names, sizes and versions of all input files, as far as their store tells."""
+    fs, root = url_to_fs(found.source.path)
+    known = fs.find(root, detail=True) if fs.isdir(root) else {root: fs.info(root)}
+    listed = [[file, *(str(known.get(file, {}).get(name)) for name in _STAMPS)] for file in found.files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changed from one request to another, each with both values."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} was {_said(before.get(name))}, now {_said(now.get(name))}" for name in names]
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+# ---- what is done ----------------------------------------------------------------------------------------------------
+
+
+def output_problems(folder: str, request: Mapping[str, Any]) -> list[str]:
+    """Why a run may not go on in a folder that holds rows; empty if they are of the same request, or there are none."""
+    fs, root = url_to_fs(folder)
+    files = _files(fs, root)
+    if not files:
+        return []
+    before = read_manifest(folder).get("request")
+    if before is None:
+        return [f"{folder} holds {len(files)} Parquet files of something else already; give another folder, or --overwrite"]
+    changed = differences(before, request)
+    return [f"{folder} was made by another request ({'; '.join(changed)}); give another folder, or --overwrite"] if changed else []
+
+
+@dataclass(kw_only=True)
+class Done:
+    """The blocks that every output has whole."""
+
+    starts: set[int] = field(default_factory=set)
+    """First rows of these blocks, which name their files."""
+    rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Of the rejects among them."""
+
+
+def file_name(start: int) -> str:
+    """Of the block whose first row has this position."""
+    return f"part-{start:012d}.parquet"
+
+
+def finished(blocks: Iterable[Block], folders: Iterable[str], retry_rejects: bool) -> Done:
+    """Which blocks need not be computed again. With ``retry_rejects`` those with a reject in any output must be."""
+    places = [url_to_fs(folder) for folder in folders]
+    names = [set(_files(fs, root)) for fs, root in places]
+    candidates = [b for b in blocks if all(file_name(b.start) in there for there in names)]
+    done = Done()
+
+    def look(block: Block) -> list[list[str] | None]:
+        return [errors_in(fs, f"{root}/{file_name(block.start)}", block.rows) for fs, root in places]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for block, outputs in zip(candidates, pool.map(look, candidates), strict=True):
+            whole = [errors for errors in outputs if errors is not None]
+            if len(whole) < len(outputs) or (retry_rejects and any(whole)):
+                continue
+            done.starts.add(block.start)
+            done.rows += block.rows
+            done.reasons.update(whole[-1])
+    return done
+
+
+def errors_in(fs: AbstractFileSystem, file: str, rows: int) -> list[str] | None:
+    """The reasons of the rejects in an output file; None if it is damaged or does not hold so many rows."""
+    try:
+        with fs.open(file) as stream, pq.ParquetFile(stream) as parquet:
+            if parquet.metadata.num_rows != rows:
+                return None
+            errors = parquet.read(columns=["error"])["error"]
+    except (pa.ArrowException, KeyError):
+        return None
+    return [error for error in errors.to_pylist() if error is not None]
+
+
+def clear(folder: str, keep: Callable[[str], bool]) -> None:
+    """Makes the folder and removes its Parquet files but those whose names are to be kept, and what a killed process left."""
+    fs, root = url_to_fs(folder)
+    fs.makedirs(root, exist_ok=True)
+    leftovers = [str(file) for file in fs.glob(f"{root}/{TEMPORARY}")]
+    for file in [*leftovers, *(f"{root}/{name}" for name in _files(fs, root) if not keep(name))]:
+        fs.rm_file(file)
+
+
+def _files(fs: AbstractFileSystem, root: str) -> list[str]:
+    """Names of the Parquet files right in a folder."""
+    if not fs.isdir(root):
+        return []
+    fs.invalidate_cache()
+    names = (str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))
+    return sorted(name for name in names if name.endswith(".parquet") and not name.startswith((".", "_")))

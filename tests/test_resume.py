@@ -1,0 +1,195 @@
+"""What would be lost: a run that was stopped goes on, loses nothing, doubles nothing, and never goes on as another run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TinyDomain, TinyEdit
+from test_end_to_end import PIXELFACE, TINY, run
+
+from models.recipe import Recipe
+from pipeline import schema
+from pipeline.config import ConfigError, Edit, Resources, Run, Source
+from pipeline.manifest import RECORD, read_manifest, write_manifest
+from pipeline.resume import clear, differences, errors_in, file_name, finished, output_problems, request_of
+from pipeline.sources import find, plan_blocks
+
+# ---- the request -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_run(tiny_domain: TinyDomain, save_pictures: Callable[..., Path], tmp_path: Path) -> Run:
+    pictures = save_pictures(*(f"{i}.png" for i in range(6)))
+    domain = tiny_domain()
+    return Run(source=Source(path=str(pictures)), output=str(tmp_path / "out"), domain=domain, recipe=domain.recipe)
+
+
+def request(run: Run, edit: Edit | None = None) -> dict[str, Any]:
+    return request_of(run, find(run.source), edit)
+
+
+def test_a_request_is_the_same_whatever_decides_only_the_speed(tiny_run: Run) -> None:
+    assert request(tiny_run) == request(replace(tiny_run, resources=Resources(workers=3, cpus=2, batch=5), command="other", overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"recipe": Recipe(return_step=200, steps_up=5, steps_down=4)}, ["recipe return_step was 300, now 200"]),
+        ({"resources": Resources(block_rows=2)}, ["block rows was 64, now 2"]),
+    ],
+)
+def test_what_changed_is_named_with_both_values(changes: dict[str, Any], says: list[str], tiny_run: Run) -> None:
+    assert differences(request(tiny_run), request(replace(tiny_run, **changes))) == says
+
+
+def test_other_contents_of_the_input_under_the_same_names_are_another_request(tiny_run: Run) -> None:
+    before = request(tiny_run)
+    file = Path(tiny_run.source.path, "3.png")
+    file.write_bytes(file.read_bytes() + b" ")
+    assert [change.split(" was ")[0] for change in differences(before, request(tiny_run))] == ["input files"]
+
+
+def test_another_edit_model_of_the_same_name_is_another_request(tiny_run: Run, tiny_edit: TinyEdit) -> None:
+    part = tiny_edit(tiny_run.domain, "smiling")
+    before = request(tiny_run, Edit(parts=(part,)))
+    assert before == request(tiny_run, Edit(parts=(tiny_edit(tiny_run.domain, "smiling"),)))
+    other = replace(part, file=tiny_edit(tiny_run.domain, "sad").file)
+    assert [change.split(" was ")[0] for change in differences(before, request(tiny_run, Edit(parts=(other,))))] == ["edit"]
+    assert differences(before, request(tiny_run, Edit(parts=(part,), degree=0.5))) == ["degree was 1.0, now 0.5"]
+
+
+def test_a_manifest_comes_back_equal_so_that_requests_can_be_compared(tiny_run: Run, tmp_path: Path) -> None:
+    asked = request(tiny_run, Edit(ranges=((0, ()),)))
+    write_manifest(str(tmp_path), {"request": asked})
+    assert read_manifest(str(tmp_path))["request"] == asked
+
+
+# ---- what is done ----------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, start: int, errors: list[str | None]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / file_name(start)
+    pq.write_table(pa.table({"id": [str(start + i) for i in range(len(errors))], "error": pa.array(errors, pa.string())}), file)
+    return file
+
+
+def blocks(run: Run) -> Any:
+    return plan_blocks(find(run.source), 2)
+
+
+def test_a_block_is_done_when_every_output_has_it_whole(tiny_run: Run, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for start in (0, 2, 4):
+        write(one, start, [None, "broken"])
+    write(two, 0, [None, "broken"])
+    cut = write(two, 2, [None, None])
+    cut.write_bytes(cut.read_bytes()[:-20])
+    write(two, 4, [None])  # fewer rows than the block has
+    done = finished(blocks(tiny_run), [str(one), str(two)], retry_rejects=False)
+    assert (done.starts, done.rows, dict(done.reasons)) == ({0}, 2, {"broken": 1})
+
+
+def test_blocks_with_rejects_are_computed_again_if_asked_for(tiny_run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "one", 0, [None, None])
+    write(tmp_path / "one", 2, [None, "broken"])
+    assert finished(blocks(tiny_run), [str(tmp_path / "one")], retry_rejects=False).starts == {0, 2}
+    assert finished(blocks(tiny_run), [str(tmp_path / "one")], retry_rejects=True).starts == {0}
+
+
+def test_rows_of_something_else_are_never_taken_for_ones_own(tiny_run: Run, tmp_path: Path) -> None:
+    folder, asked = tmp_path / "out", request(tiny_run)
+    assert output_problems(str(folder), asked) == []
+    write(folder, 0, [None])
+    assert "of something else" in output_problems(str(folder), asked)[0]
+    write_manifest(str(folder), {"request": asked})
+    assert output_problems(str(folder), asked) == []
+    changed = output_problems(str(folder), {**asked, "limit": 3})[0]
+    assert "another request (limit was nothing, now 3); give another folder, or --overwrite" in changed
+    (folder / RECORD).write_text("{")
+    with pytest.raises(ConfigError, match=r"_run\.json is damaged"):
+        output_problems(str(folder), asked)
+
+
+def test_what_a_killed_process_left_is_removed_and_other_peoples_files_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for start in (0, 2):
+        write(folder, start, [None])
+    (folder / f".{file_name(2)}.tmp").write_bytes(b"half")
+    (folder / "notes.txt").write_text("mine")
+    clear(str(folder), {file_name(0)}.__contains__)
+    assert sorted(p.name for p in folder.iterdir()) == ["notes.txt", file_name(0)]
+
+
+def test_a_file_without_errors_column_is_not_ours(tmp_path: Path) -> None:
+    import fsspec
+
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "x.parquet")
+    assert errors_in(fsspec.filesystem("file"), str(tmp_path / "x.parquet"), 1) is None
+
+
+# ---- real runs -------------------------------------------------------------------------------------------------------
+
+ROWS = ("--limit", "24", "--block-rows", "4", "--workers", "1")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures in row groups of 4."""
+    file = tmp_path_factory.mktemp("source") / "faces.parquet"
+    pq.write_table(pq.read_table(PIXELFACE.held_out).slice(0, 24), file, row_group_size=4)
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "edits"
+    run("edit", str(source), str(out), "-a", "none", "-a", "glasses", *TINY, "--steps-down", "3", *ROWS)
+    return out
+
+
+def rows(folder: Path) -> dict[str, bytes | None]:
+    table = pq.read_table(folder)
+    assert table["id"].to_pylist() == sorted(set(table["id"].to_pylist()), key=table["id"].to_pylist().index)
+    return dict(zip(table["id"].to_pylist(), schema.image_bytes(table["edited"]), strict=True))
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_pixels_and_computes_nothing_twice(source: Path, whole: Path, tmp_path: Path) -> None:
+    words = ["edit", str(source), str(tmp_path / "cut"), "-a", "none", "-a", "glasses", *TINY, "--steps-down", "3", *ROWS]
+    command = [sys.executable, "-m", "jobs.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while process.poll() is None and len(list((tmp_path / "cut" / "glasses").glob("part-*.parquet"))) < 2:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.01)
+        assert process.poll() is None, "it was over before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+    assert json.loads((tmp_path / "cut" / "glasses" / RECORD).read_text())["state"] == "running"
+    there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "glasses").glob("part-*.parquet")}
+    done = run(*words)
+    assert "rows are there from an earlier run" in done.stdout
+    for name in ("none", "glasses"):
+        assert rows(tmp_path / "cut" / name) == rows(whole / name)
+    same = [name for name, time in there.items() if (tmp_path / "cut" / "glasses" / name).stat().st_mtime_ns == time]
+    assert len(same) >= len(there) - 1  # the other folder may have lacked the last block
+    manifest = json.loads((tmp_path / "cut" / "glasses" / RECORD).read_text())
+    assert (manifest["state"], manifest["rows"]) == ("finished", 24)
+    assert manifest["resumed_rows"] >= 4
+
+
+def test_a_finished_run_asked_for_again_does_nothing_and_another_one_is_refused_by_name(source: Path, whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("part-*.parquet")}
+    words = ["edit", str(source), str(whole), "-a", "none", "-a", "glasses", *TINY, *ROWS]
+    assert "24 of 24 rows are there" in run(*words, "--steps-down", "3").stdout
+    assert "recipe steps_down was 3, now 4" in run(*words, "--steps-down", "4", status=2).stderr
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("part-*.parquet")} == before

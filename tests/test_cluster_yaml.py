@@ -254,14 +254,16 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Account
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    with mock_aws():
+    simulated = mock_aws()
+    simulated.start(reset=False)  # other tests have buckets in the same process
+    try:
         ec2, iam = boto3.resource("ec2", "us-west-2"), boto3.client("iam")
         network = ec2.create_vpc(CidrBlock="10.0.0.0/16")
         subnet = network.create_subnet(CidrBlock="10.0.1.0/24", AvailabilityZone="us-west-2a")
         subnet.meta.client.modify_subnet_attribute(SubnetId=subnet.id, MapPublicIpOnLaunch={"Value": True})
-        group = network.create_security_group(GroupName="ours", Description="ours")
+        group = network.create_security_group(GroupName=tmp_path.name, Description="ours")
         machine = next(iter(ec2.images.all()))
-        profiles = [iam.create_instance_profile(InstanceProfileName=f"diffusionclip-{role}") for role in ("head", "worker")]
+        profiles = [iam.create_instance_profile(InstanceProfileName=f"{tmp_path.name}-{role}") for role in ("head", "worker")]
         arns = [profile["InstanceProfile"]["Arn"] for profile in profiles]
         text = TEXT
         for pattern, value in (
@@ -276,6 +278,8 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Account
         filled = yaml.safe_load(text)
         assert "<" not in json.dumps(filled)
         yield {"config": launcher.prepare_config(filled), "group": group.id, "profiles": arns}
+    finally:
+        simulated.stop(remove_data=False)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from jobs import align, demo, edit, evaluate, export, finetune, import_command, invert, listing, optimize, report_command
+from jobs import align, demo, edit, evaluate, export, finetune, import_command, invert, listing, optimize, report_command, status
 
 app = typer.Typer(
     name="diffusionclip",
@@ -23,6 +23,7 @@ app.command()(optimize.optimize)
 app.command()(evaluate.evaluate)
 app.command()(report_command.report)
 app.command()(export.export)
+app.command()(status.status)
 app.command("import")(import_command.import_checkpoint)
 app.command()(listing.domains)
 app.command()(listing.attributes)

@@ -1,8 +1,11 @@
 """Score tables for the terminal."""
 
+from datetime import UTC, datetime, timedelta
+
 from rich import box
 from rich.table import Table
 
+from pipeline.standing import Standing
 from pipeline.summary import Summary
 
 
@@ -33,3 +36,22 @@ def count_table(title: str, rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def standing_table(standings: list[Standing]) -> Table:
+    """One line a dataset: its state, rows done, rejected and left, rows a second, how long it will take, age of its newest file."""
+    table = Table(
+        "dataset", "state", "rows", "done", "rejected", "left", "rows/s", "time left", "newest file", box=box.SIMPLE, pad_edge=False
+    )
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for s in standings:
+        left = _duration(s.left / s.rate) if s.rate and s.left else "-"
+        age = "-" if s.latest is None else f"{_duration((datetime.now(UTC) - s.latest).total_seconds())} ago"
+        counts = [str(n) for n in (s.rows, s.done, s.reasons.total(), s.left)]
+        table.add_row(s.folder.rstrip("/").rpartition("/")[2], s.state, *counts, number(s.rate, 1), left, age)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, round(seconds))))

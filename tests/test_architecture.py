@@ -26,7 +26,7 @@ OTHER_TESTS = {
     "test_real_size.py",
 }
 """Tests that mirror no module: of the whole."""
-COMMANDS = "cli demo edit evaluate finetune invert listing options progress report_command requests running session tables"
+COMMANDS = "cli demo edit evaluate finetune invert listing options progress report_command requests running session status tables"
 TESTED_ELSEWHERE = {
     **{f"jobs/{name}.py": "test_end_to_end.py" for name in COMMANDS.split()},  # as people run them, in processes of their own
     "jobs/align.py": "test_alignment.py",  # with what it calls

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,11 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from jobs.optimize import optimize
 from models.diffusion import walk
 from models.domains import DOMAINS
 from models.recipe import Recipe
 from models.unet import load_alpha_bars, load_base
+from models.weights import WeightsError
 from pipeline import codec, schema
+from pipeline.config import ConfigError
 
 PIXELFACE = DOMAINS["pixelface"]
 QUICK = ("--return-step", "300", "--steps-up", "4", "--steps-down", "4", "--loss-steps-down", "3", "--steps", "8", "--l1-weight", "0.5")
@@ -81,24 +85,31 @@ def test_an_earlier_result_is_not_touched_without_overwrite(result: Path, face: 
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("changes", "says"),
     [
-        (["{face}", "{out}", "--target-text", "  "], "the target text is empty"),
-        (["{face}", "{out}", "--target-text", "face of a Klingon"], "has never seen 'klingon'"),
-        (["{face}.gone", "{out}", "--target-text", "sad face"], "there is no file"),
-        (["{text}", "{out}", "--target-text", "sad face"], "cannot be used"),
-        (["{face}", "{out}", "--target-text", "sad face", "--memory", "stepwise"], "full or checkpoint"),
-        (["{face}", "{out}", "--target-text", "sad face", "--steps", "0"], "at least 1 step"),
-        (["{face}", "{out}", "--target-text", "sad face", "--id-weight", "1"], "give --identity"),
-        (["{face}", "{out}", "--target-text", "sad face", "--clip", "ViT-B-61/openai"], "unknown CLIP 'ViT-B-61/openai'"),
-        (["{face}", "{face}", "--target-text", "sad face"], "a file in its place"),
+        ({"target_text": "  "}, "the target text is empty"),
+        ({"target_text": "face of a Klingon"}, "has never seen 'klingon'"),
+        ({"image": "{face}.gone"}, "there is no file"),
+        ({"image": "{text}"}, "cannot be used"),
+        ({"memory": "stepwise"}, "full or checkpoint"),
+        ({"steps": 0}, "at least 1 step"),
+        ({"id_weight": 1.0}, "give --identity"),
+        ({"clip": ["ViT-B-61/openai"]}, "unknown CLIP 'ViT-B-61/openai'"),
+        ({"out": "{face}"}, "a file in its place"),
+        ({"gpu": True}, "there is no CUDA device"),
     ],
-    ids=lambda value: "" if isinstance(value, list) else value,
+    ids=lambda value: "" if isinstance(value, dict) else value,
 )
-def test_an_impossible_request_is_refused_with_one_line_and_leaves_nothing(words: list[str], says: str, face: Path, tmp_path: Path) -> None:
+def test_an_impossible_request_is_refused_with_one_line_and_leaves_nothing(
+    changes: dict[str, Any], says: str, face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "text.png").write_text("hello")
-    places = {"face": face, "out": tmp_path / "out", "text": tmp_path / "text.png"}
-    done = run(*(word.format(**places) for word in words), status=2)
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    places = {"face": face, "text": tmp_path / "text.png"}
+    given = {name: value.format(**places) if isinstance(value, str) else value for name, value in changes.items()}
+    request = {"image": str(face), "out": tmp_path / "out", "target_text": "sad face"} | given
+    with pytest.raises((ConfigError, WeightsError)) as caught:
+        optimize(**request | {"out": Path(request["out"])})
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -133,8 +134,6 @@ def test_what_a_killed_process_left_is_removed_and_other_peoples_files_are_not(t
 
 
 def test_a_file_without_errors_column_is_not_ours(tmp_path: Path) -> None:
-    import fsspec
-
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "x.parquet")
     assert errors_in(fsspec.filesystem("file"), str(tmp_path / "x.parquet"), 1) is None
 
@@ -193,3 +192,20 @@ def test_a_finished_run_asked_for_again_does_nothing_and_another_one_is_refused_
     assert "24 of 24 rows are there" in run(*words, "--steps-down", "3").stdout
     assert "recipe steps_down was 3, now 4" in run(*words, "--steps-down", "4", status=2).stderr
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("part-*.parquet")} == before
+
+
+def test_in_a_bucket_a_run_goes_on_with_what_is_missing_too(source: Path, s3: str) -> None:
+    store = fsspec.filesystem("s3")
+    store.put(str(source), f"{s3}/resume/faces.parquet")
+    words = ["invert", f"{s3}/resume/faces.parquet", f"{s3}/resume/latents", *TINY, *ROWS]
+    run(*words)
+    store.invalidate_cache()
+    files = [file for file in store.ls(f"{s3}/resume/latents", detail=False) if file.endswith(".parquet")]
+    assert len(files) == 6
+    whole = {file: store.cat_file(file) for file in files}
+    store.rm_file(files[2])
+    assert "20 of 24 rows are there" in run(*words).stdout
+    store.invalidate_cache()
+    assert {file: pq.read_table(pa.BufferReader(store.cat_file(file))) for file in files} == {
+        file: pq.read_table(pa.BufferReader(data)) for file, data in whole.items()
+    }

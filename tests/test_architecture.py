@@ -16,7 +16,15 @@ FORBIDDEN = {
     "jobs": set[str](),
 }
 RAY_IN_PIPELINE = {"pipeline/dataset.py", "pipeline/training.py"}
-OTHER_TESTS = {"test_architecture.py", "test_end_to_end.py", "test_cluster_yaml.py", "test_documents.py", "test_real_size.py"}
+OTHER_TESTS = {
+    "test_architecture.py",
+    "test_cluster_yaml.py",
+    "test_dockerfile.py",
+    "test_documents.py",
+    "test_end_to_end.py",
+    "test_rayjob.py",
+    "test_real_size.py",
+}
 """Tests that mirror no module: of the whole."""
 COMMANDS = "cli demo edit evaluate finetune invert listing options progress report_command requests running session status tables"
 TESTED_ELSEWHERE = {

@@ -221,4 +221,4 @@ def test_nothing_private_in_an_address_is_written_down(tiny_run: Run, monkeypatc
     )
     assert command_line() == "diffusionclip edit https://host/faces out --models s3://b/m"
     asked = request(replace(tiny_run, identity="https://host/face.pth?sig=secret"), Edit())
-    assert "sig" not in json.dumps(asked)
+    assert "secret" not in json.dumps(asked)

@@ -135,13 +135,15 @@ def input_problems(found: "Input") -> list[str]:
 def output_problems(input: str, output: str, overwrite: bool) -> list[str]:
     from fsspec.core import url_to_fs
 
+    from pipeline.resume import nested
+
     try:
         fs, root = url_to_fs(output)
-        if root == url_to_fs(input)[1]:
-            return [f"input and output are the same: {output}; give another output folder"]
+        if problems := nested(input, output):
+            return problems
         if fs.isfile(root):
             return [f"the output {output} is a file; give a folder"]
-        files = [f for f in fs.find(root) if f.endswith(".parquet")] if fs.exists(root) else []
+        files = [f for f in fs.ls(root, detail=False) if str(f).endswith(".parquet")] if fs.isdir(root) else []
         fs.makedirs(root, exist_ok=True)
     except (ValueError, ImportError, OSError) as error:
         return [f"the output {output} cannot be used: {error}"]
@@ -168,9 +170,11 @@ def aligned_columns(found: "Input", size: int) -> "pa.Schema":
 def _clear(output: str) -> None:
     from fsspec.core import url_to_fs
 
+    from pipeline.resume import OURS
+
     fs, root = url_to_fs(output)
-    for file in fs.find(root):
-        if file.endswith(".parquet"):
+    for file in map(str, fs.ls(root, detail=False)):
+        if OURS.fullmatch(file.rpartition("/")[2]):
             fs.rm_file(file)
 
 

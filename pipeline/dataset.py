@@ -22,7 +22,7 @@ from models.weights import WeightsError, fingerprint, load_card
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Run, Source, versions
 from pipeline.manifest import RUNNING, write_in_one_stroke, write_manifest
-from pipeline.resume import Done, clear, file_name, finished, output_problems, request_of
+from pipeline.resume import Done, clear, file_name, finished, nested, output_problems, request_of
 from pipeline.sources import Block, Input, absolute, check_ids, find, plan_blocks, read_block
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class Plan:
     input_ids: np.ndarray
     """Sorted hashes of all input ids."""
     outputs: tuple[Output, ...]
+    pending: tuple[Output, ...]
+    """Those that lack rows; the others are left as they are."""
 
     @property
     def model_calls(self) -> int:
@@ -102,13 +104,16 @@ def make_plan(run: Run) -> Plan:
     if problems:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
-    done = Done()
+    done, pending = Done(), outputs
+    problems = [problem for output in outputs for problem in nested(run.source.path, output.folder)]
+    problems += [problem for output in outputs for problem in output_problems(output.folder, output.request, run.overwrite)]
+    if problems:
+        raise ConfigError(*problems)
     if not run.overwrite:
-        problems = [problem for output in outputs for problem in output_problems(output.folder, output.request)]
-        if problems:
-            raise ConfigError(*problems)
-        done = finished(blocks, [output.folder for output in outputs], run.retry_rejects)
-    return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=check_ids(found, blocks), outputs=outputs)
+        pending = tuple(o for o in outputs if len(finished(blocks, [o.folder], run.retry_rejects).starts) < len(blocks))
+        done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
+    ids = check_ids(found, blocks)
+    return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending)
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
@@ -302,7 +307,7 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
     started, done = time.monotonic(), plan.done
     report = Report(rows=plan.found.rows, done=done.rows, resumed=done.rows, reasons=Counter(done.reasons))
     kept = {file_name(start) for start in done.starts}
-    for output in plan.outputs:
+    for output in plan.pending:
         clear(output.folder, kept.__contains__)
         write_manifest(output.folder, _manifest(plan, output, report, RUNNING))
     on_progress(report)
@@ -315,6 +320,7 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
         on_progress(report)
     for output in plan.outputs:
         audit(plan.input_ids, output.folder)
+    for output in plan.pending:
         write_manifest(output.folder, _manifest(plan, output, report, "finished"))
     return report
 
@@ -329,9 +335,9 @@ def _receipts(plan: Plan, blocks: list[Block]) -> Iterator[pa.Table]:
     rows = block_dataset(plan.found, blocks, 0.5 if on_gpu else run.resources.cpus)
     receipts = rows.map_batches(
         Worker,
-        fn_constructor_args=(run, plan.outputs, plan.found.has_latents),
+        fn_constructor_args=(run, plan.pending, plan.found.has_latents),
         compute=_pool(min(run.resources.workers, len(blocks))),
-        batch_size=max(block.rows for block in blocks) if on_gpu else None,
+        batch_size=None,  # a whole block: anything else would cut blocks apart
         batch_format="pyarrow",
         num_cpus=run.resources.cpus,
         num_gpus=run.resources.gpus or None,

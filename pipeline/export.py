@@ -15,7 +15,7 @@ from pipeline.summary import batches
 
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 LONGEST = 100
-"""Characters of one part of a file's name; what is longer is cut and told apart by a hash."""
+"""Bytes of one part of a file's name; what is longer is cut and told apart by a hash."""
 
 
 def picture_table(address: str, column: str | None) -> tuple[Input, str]:
@@ -50,11 +50,11 @@ def write_picture(folder: Path, name: str, data: bytes) -> Path | None:
     if suffix is None:
         return None
     for path in (folder / safe_name(name, suffix), folder / safe_name(name, suffix, told_apart=True)):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as file:
                 file.write(data)
-        except FileExistsError:
+        except (FileExistsError, NotADirectoryError):
             continue
         return path
     raise FileExistsError(f"there are two rows with the id {name!r}")
@@ -64,7 +64,7 @@ def safe_name(name: str, suffix: str, told_apart: bool = False) -> Path:
     """A relative path made of an id: its parts without what a file system or a shell could take for something else; never
     absolute, never upwards, never hidden. An id that had to be changed is ``told_apart`` from others by a hash."""
     parts = [re.sub(r"[^\w. -]", "_", part).strip(" .").lstrip("-") for part in name.removesuffix(suffix).split("/")]
-    kept = [part[:LONGEST].strip(" .") for part in parts if part] or ["_"]
+    kept = [part.encode()[:LONGEST].decode(errors="ignore").strip(" .") for part in parts if part] or ["_"]
     if told_apart or "/".join(kept) != name.removesuffix(suffix):
         kept[-1] += "-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return Path(*kept[:-1], kept[-1] + suffix)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 from fsspec.core import url_to_fs
 
@@ -36,7 +37,8 @@ def write_in_one_stroke(folder: str, name: str, data: bytes) -> None:
     """A file under its final name only when it is whole; one that was there is replaced."""
     fs, root = url_to_fs(folder)
     if "file" in fs.protocol:
-        fs.pipe_file(f"{root}/.{name}.tmp", data)
-        fs.mv(f"{root}/.{name}.tmp", f"{root}/{name}")
+        part = f"{root}/.{name}.{uuid4().hex}.tmp"  # two attempts at one block must not share it
+        fs.pipe_file(part, data)
+        fs.mv(part, f"{root}/{name}")
     else:  # object stores show a file when it is complete
         fs.pipe_file(f"{root}/{name}", data)

@@ -6,6 +6,8 @@ the blocks that have no file yet.
 
 import hashlib
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,8 @@ from pipeline.sources import Block, Input
 
 THREADS = 32
 """Files that are looked at side by side: on object stores each takes a while."""
+OURS = re.compile(r"part-\d{12}\.parquet")
+"""Names of output files; no other file is ever removed."""
 TEMPORARY = ".part-*.tmp"
 """What a process that was killed may leave behind."""
 _STAMPS = ("size", "ETag", "mtime", "LastModified")
@@ -40,7 +44,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     """
     request: dict[str, Any] = {
         "input": public(found.source.path),
-        "input files": _digest(found),
+        "input files": digest(found),
         "id column": found.source.id_column,
         "image column": found.source.image_column,
         "limit": found.source.limit,
@@ -62,7 +66,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     return back
 
 
-def _digest(found: Input) -> str:
+def digest(found: Input) -> str:
     """Of the names, sizes and versions of all input files, as far as their store tells."""
     fs, root = url_to_fs(found.source.path)
     known = fs.find(root, detail=True) if fs.isdir(root) else {root: fs.info(root)}
@@ -83,11 +87,27 @@ def _said(value: Any) -> str:
 # ---- what is done ----------------------------------------------------------------------------------------------------
 
 
-def output_problems(folder: str, request: Mapping[str, Any]) -> list[str]:
-    """Why a run may not go on in a folder that holds rows; empty if they are of the same request, or there are none."""
+def nested(source: str, folder: str) -> list[str]:
+    """Why rows may not be written to a folder: it holds input files, which could be replaced, or lies inside the input, which
+    would then hold it; empty if neither."""
+    (_, given), (fs, root) = url_to_fs(source), url_to_fs(folder)
+    inside, outside = (os.path.realpath(p) if "file" in fs.protocol else p.rstrip("/") for p in (given, root))
+    if inside == outside or inside.startswith(f"{outside}/"):
+        return [f"the input {source} lies in the output {folder}, where it could be replaced; give another output folder"]
+    if outside.startswith(f"{inside}/"):
+        return [f"the output {folder} lies in the input {source}, which would then hold it; give another output folder"]
+    return []
+
+
+def output_problems(folder: str, request: Mapping[str, Any], overwrite: bool = False) -> list[str]:
+    """Why a run may not go on in a folder that holds rows, or replace them; empty if they are of the same request, or there are none."""
     fs, root = url_to_fs(folder)
     files = _files(fs, root)
     if not files:
+        return []
+    if strange := [name for name in files if not OURS.fullmatch(name)]:
+        return [f"{folder} holds {len(strange)} Parquet files that no run wrote, like {strange[0]}; give another folder"]
+    if overwrite:
         return []
     before = read_manifest(folder).get("request")
     if before is None:
@@ -139,10 +159,14 @@ def errors_in(fs: AbstractFileSystem, file: str, rows: int) -> list[str] | None:
         with fs.open(file) as stream, pq.ParquetFile(stream) as parquet:
             if parquet.metadata.num_rows != rows:
                 return None
-            errors = parquet.read(columns=["error"])["error"]
-    except (pa.ArrowException, KeyError):
+            errors = parquet.read(columns=["error"])["error"].to_pylist()
+    except (pa.ArrowException, KeyError, UnicodeDecodeError):
         return None
-    return [error for error in errors.to_pylist() if error is not None]
+    except OSError as error:  # as damaged pages are told; those of a store have a number
+        if error.errno is not None:
+            raise
+        return None
+    return [error for error in errors if error is not None]
 
 
 def clear(folder: str, keep: Callable[[str], bool]) -> None:
@@ -150,7 +174,7 @@ def clear(folder: str, keep: Callable[[str], bool]) -> None:
     fs, root = url_to_fs(folder)
     fs.makedirs(root, exist_ok=True)
     leftovers = [str(file) for file in fs.glob(f"{root}/{TEMPORARY}")]
-    for file in [*leftovers, *(f"{root}/{name}" for name in _files(fs, root) if not keep(name))]:
+    for file in [*leftovers, *(f"{root}/{name}" for name in _files(fs, root) if OURS.fullmatch(name) and not keep(name))]:
         fs.rm_file(file)
 
 

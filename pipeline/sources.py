@@ -45,7 +45,7 @@ class Input:
     columns: pa.Schema
     """As stored; for pictures ``image`` alone."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         total = sum(map(sum, self.counts))
         return total if self.source.limit is None else min(total, self.source.limit)

@@ -31,6 +31,7 @@ from models.weights import Card, fingerprint, save_edit_model
 from pipeline import codec
 from pipeline.config import ConfigError, Source, TuneRun, versions
 from pipeline.dataset import block_dataset, latent_mismatch
+from pipeline.resume import digest
 from pipeline.sources import Input, absolute, find, only_usable, plan_blocks
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ class TunePlan:
     @property
     def name(self) -> str:
         """Of the Ray Train run: the same request finds its own checkpoints again, any other request starts afresh."""
-        request = {**asdict(self.run), "domain": fingerprint(self.run.domain.weights), "files": self.found.files}
-        digest = hashlib.sha256(json.dumps(request, default=str, sort_keys=True).encode()).hexdigest()
-        return f"{self.run.attribute}-{digest[:12]}"
+        request = {**asdict(self.run), "domain": fingerprint(self.run.domain.weights), "files": digest(self.found)}
+        hashed = hashlib.sha256(json.dumps(request, default=str, sort_keys=True).encode()).hexdigest()
+        return f"{self.run.attribute}-{hashed[:12]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +256,8 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     """Trains one attribute with Ray Train and saves its edit model. Raises what the training raised."""
     run, started = plan.run, time.monotonic()
     wanted = run.tuning.images + run.tuning.held_out
+    # Which rows are trained on and which held out must not depend on which block is read first.
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
     rows = [block for block in plan_blocks(plan.found, 64) if block.start < wanted * 2]
     dataset = block_dataset(plan.found, rows).map_batches(only_usable, batch_format="pyarrow").limit(wanted)
     trainer = TorchTrainer(

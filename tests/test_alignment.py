@@ -286,5 +286,5 @@ def test_an_output_that_holds_something_is_not_written_over_unasked(tmp_path: Pa
     file = photographs(tmp_path / "photos.parquet")
     assert "--overwrite" in output_problems("elsewhere", str(tmp_path), overwrite=False)[0]
     assert output_problems("elsewhere", str(tmp_path), overwrite=True) == []
-    assert "are the same" in output_problems(str(tmp_path), str(tmp_path), overwrite=True)[0]
+    assert "lies in the output" in output_problems(str(tmp_path), str(tmp_path), overwrite=True)[0]
     assert "is a file" in output_problems("elsewhere", str(file), overwrite=True)[0]

@@ -22,7 +22,7 @@ from models.recipe import Recipe
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Resources, Run, Source
 from pipeline.manifest import RECORD, read_manifest, write_manifest
-from pipeline.resume import clear, differences, errors_in, file_name, finished, output_problems, request_of
+from pipeline.resume import clear, differences, errors_in, file_name, finished, nested, output_problems, request_of
 from pipeline.sources import find, plan_blocks
 
 # ---- the request -----------------------------------------------------------------------------------------------------
@@ -138,6 +138,31 @@ def test_a_file_without_errors_column_is_not_ours(tmp_path: Path) -> None:
     assert errors_in(fsspec.filesystem("file"), str(tmp_path / "x.parquet"), 1) is None
 
 
+@pytest.mark.parametrize(("source", "out"), [("a", "a"), ("a/x.parquet", "a"), ("a/b", "a"), ("a", "a/b"), ("a/../a", "a")])
+def test_input_and_output_may_not_hold_each_other(source: str, out: str, tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert "give another output folder" in nested(str(tmp_path / source), str(tmp_path / out))[0]
+    assert nested(str(tmp_path / "a"), str(tmp_path / "ab")) == []
+
+
+def test_files_that_no_run_wrote_are_neither_removed_nor_taken_in(tiny_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    write(folder, 0, [None])
+    (folder / "mine.parquet").write_bytes(b"mine")
+    assert "that no run wrote, like mine.parquet" in output_problems(str(folder), request(tiny_run), overwrite=True)[0]
+    clear(str(folder), lambda name: False)
+    assert [p.name for p in folder.iterdir()] == ["mine.parquet"]
+
+
+def test_every_damaged_byte_of_a_small_file_is_noticed_or_harmless(tmp_path: Path) -> None:
+    file = write(tmp_path, 0, [None, "broken"])
+    data = file.read_bytes()
+    for position in range(0, len(data), 7):
+        file.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        found = errors_in(fsspec.filesystem("file"), str(file), 2)
+        assert found is None or len(found) <= 2
+
+
 # ---- real runs -------------------------------------------------------------------------------------------------------
 
 ROWS = ("--limit", "24", "--block-rows", "4", "--workers", "1")
@@ -192,6 +217,13 @@ def test_a_finished_run_asked_for_again_does_nothing_and_another_one_is_refused_
     assert "24 of 24 rows are there" in run(*words, "--steps-down", "3").stdout
     assert "recipe steps_down was 3, now 4" in run(*words, "--steps-down", "4", status=2).stderr
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("part-*.parquet")} == before
+
+
+def test_a_further_attribute_leaves_the_finished_ones_alone(source: Path, whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    run("edit", str(source), str(whole), "-a", "none", "-a", "glasses", "-a", "sad", *TINY, *ROWS, "--steps-down", "3")
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert len(rows(whole / "sad")) == 24
 
 
 def test_in_a_bucket_a_run_goes_on_with_what_is_missing_too(source: Path, s3: str) -> None:

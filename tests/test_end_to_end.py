@@ -162,6 +162,7 @@ def test_strokes_of_another_kind_are_brought_into_the_domain_before_they_are_edi
     assert all(np.abs(a - b).mean() > 2 for a, b in zip(source, again[0], strict=True))
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_was_killed_goes_on_and_ends_where_it_would_have_ended(latents, tmp_path):
     words = ("--name", "rosy", "--source-text", "face", "--target-text", "face with red hair", "--epochs", "8", "--batch", "4",
              "--steps-down", "4", "--learning-rate-growth", "1.2", "--ema", "0.5")  # fmt: skip

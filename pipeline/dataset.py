@@ -243,7 +243,7 @@ class Worker:
         self.chains = [(output, edit_stages(run, output.edit)) for output in outputs]
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        receipts = [self._finish(part) for part in split_blocks(table)]
+        receipts = [self._finish(unpack(cell)) for cell in table["block"]]
         errors = pa.array([errors for _, errors in receipts], pa.list_(pa.string()))
         return pa.table({"rows": pa.array([rows for rows, _ in receipts]), "errors": errors})
 
@@ -288,14 +288,30 @@ def write_file(folder: str, name: str, table: pa.Table) -> None:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def block_dataset(found: Input, blocks: list[Block], cpus: float = 0.5) -> ray.data.Dataset:
-    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by tasks of ``cpus`` each.
+def pack(table: pa.Table) -> pa.Table:
+    """A block as a single row, so that Ray, which counts batches in rows, can neither cut it nor join it to another."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    data = sink.getvalue()
+    ends = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.table({"block": pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])})
+
+
+def unpack(cell: pa.LargeBinaryScalar) -> pa.Table:
+    """The block that ``pack`` made a cell of; nothing is copied."""
+    return pa.ipc.open_stream(cell.as_buffer()).read_all()
+
+
+def block_dataset(found: Input, blocks: list[Block], cpus: float = 0.5, packed: bool = False) -> ray.data.Dataset:
+    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by tasks of ``cpus`` each; ``packed``, one row each.
 
     Ray fuses tasks that need exactly what the following actors need into these actors; others read ahead of them.
     """
 
     def read(batch: pa.Table) -> pa.Table:
-        return read_block(found, blocks[batch["block"][0].as_py()])
+        table = read_block(found, blocks[batch["block"][0].as_py()])
+        return pack(table) if packed else table
 
     numbers = ray.data.from_arrow([pa.table({"block": [i]}) for i in range(len(blocks))])
     return numbers.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
@@ -332,12 +348,12 @@ def _receipts(plan: Plan, blocks: list[Block]) -> Iterator[pa.Table]:
         return
     on_gpu = run.resources.gpus > 0
     # Beside GPUs, tasks of their own read ahead. Without, reading costs next to nothing and is fused into the actors.
-    rows = block_dataset(plan.found, blocks, 0.5 if on_gpu else run.resources.cpus)
+    rows = block_dataset(plan.found, blocks, 0.5 if on_gpu else run.resources.cpus, packed=True)
     receipts = rows.map_batches(
         Worker,
         fn_constructor_args=(run, plan.pending, plan.found.has_latents),
         compute=_pool(min(run.resources.workers, len(blocks))),
-        batch_size=None,  # a whole block: anything else would cut blocks apart
+        batch_size=1,
         batch_format="pyarrow",
         num_cpus=run.resources.cpus,
         num_gpus=run.resources.gpus or None,

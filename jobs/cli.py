@@ -4,7 +4,22 @@ import sys
 
 import typer
 
-from jobs import align, demo, edit, evaluate, export, finetune, import_command, invert, listing, optimize, report_command, status
+from jobs import (
+    align,
+    cluster,
+    demo,
+    edit,
+    evaluate,
+    export,
+    finetune,
+    import_command,
+    invert,
+    listing,
+    optimize,
+    report_command,
+    status,
+    submit,
+)
 
 app = typer.Typer(
     name="diffusionclip",
@@ -24,6 +39,8 @@ app.command()(evaluate.evaluate)
 app.command()(report_command.report)
 app.command()(export.export)
 app.command()(status.status)
+app.command(context_settings={"ignore_unknown_options": True})(submit.submit)  # those of the command that it submits
+app.add_typer(cluster.app, name="jobs")
 app.command("import")(import_command.import_checkpoint)
 app.command()(listing.domains)
 app.command()(listing.attributes)

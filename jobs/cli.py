@@ -6,7 +6,6 @@ import typer
 
 from jobs import (
     align,
-    cluster,
     demo,
     edit,
     evaluate,
@@ -19,6 +18,7 @@ from jobs import (
     report_command,
     status,
     submit,
+    submitted,
 )
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ app.command()(report_command.report)
 app.command()(export.export)
 app.command()(status.status)
 app.command(context_settings={"ignore_unknown_options": True})(submit.submit)  # those of the command that it submits
-app.add_typer(cluster.app, name="jobs")
+app.add_typer(submitted.app, name="jobs")
 app.command("import")(import_command.import_checkpoint)
 app.command()(listing.domains)
 app.command()(listing.attributes)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs import cluster as c
+from jobs import following
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -105,10 +106,10 @@ def submit(
     job = send(client, name, submission_id, entrypoint(python, name, words, bool(values)), code(no_code), values, entrypoint_cpus)
     if no_wait:
         print(job)
-        print(c.what_next(client.get_address(), job), file=sys.stderr)
+        print(following.what_next(client.get_address(), job), file=sys.stderr)
         return
     print(f"job {job} is submitted to {c.shown(client.get_address())}")
-    raise typer.Exit(c.watch(client, job, reconnect))
+    raise typer.Exit(following.watch(client, job, reconnect))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -30,8 +30,7 @@ COMMANDS = "cli demo edit evaluate finetune invert listing options progress repo
 TESTED_ELSEWHERE = {
     **{f"jobs/{name}.py": "test_end_to_end.py" for name in COMMANDS.split()},  # as people run them, in processes of their own
     "jobs/align.py": "test_alignment.py",  # with what it calls
-    "jobs/cluster.py": "test_submit.py",  # both against a real cluster
-    "jobs/environment.py": "test_submit.py",
+    **{f"jobs/{name}.py": "test_submit.py" for name in ("cluster", "environment", "following", "submitted")},  # with a real cluster
     "jobs/rebuild.py": "test_pixelface_training.py",  # hours of training; its parts are tested
     "pipeline/dataset.py": "test_end_to_end.py",  # needs a Ray cluster
     "pipeline/training.py": "test_end_to_end.py",

@@ -31,7 +31,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs import cluster, progress, submit
+from jobs import cluster, following, progress, submit
 from jobs.cli import app
 from models.domains import DOMAINS
 from pipeline.config import ConfigError
@@ -459,7 +459,7 @@ def test_on_a_terminal_the_lines_that_a_job_prints_become_the_bar_that_its_comma
         shown.update(40, "3 rejected")
     assert "edit: 10/40 rows, 2 rejected" in lines.getvalue()
     monkeypatch.setattr(progress, "console", Console(file=terminal, width=120, force_terminal=True, highlight=False))
-    screen = cluster.Screen()
+    screen = following.Screen()
     for piece in re.findall(r".{1,7}", lines.getvalue() + "edit took 2.0 s [a/b]", re.DOTALL):  # chunks do not end with lines
         screen.add(piece)
     screen.end()

@@ -18,8 +18,8 @@ setup: .venv/.ready
 demo: setup  ## the main job on the shipped images and weights, two to three minutes on two cores
 	@$(BIN)/diffusionclip demo
 
-test: setup  ## the whole test suite but for what takes minutes
-	$(BIN)/python -m pytest -m 'not slow'
+test: setup  ## the whole test suite but for what takes minutes, two files of tests side by side
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 slow: setup  ## networks of real size with random weights, about ten minutes on two cores
 	$(BIN)/python -m pytest -m slow

@@ -86,6 +86,7 @@ def finetune(
     held_out: HeldOut = None,
     patience: Patience = None,
     stop_at: StopAt = None,
+    max_pixels: o.MaxPixels = 64_000_000,
     parallel: Parallel = 1,
     workers: TuneWorkers = 1,
     gpus: o.Gpus = 0.0,
@@ -130,7 +131,7 @@ def finetune(
         stop_at=stop_at,
     )
     chosen = wanted_attributes(domain, attribute or [], (name, source_text, target_text))
-    others = {"workers": workers, "gpus": gpus, "cpus": cpus, "clips": tuple(clip or ()), "identity": identity}
+    others = {"workers": workers, "gpus": gpus, "cpus": cpus, "clips": tuple(clip or ()), "identity": identity, "max_pixels": max_pixels}
     runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
     plans = [make_tune_plan(run) for run in runs]
     advise(runs, chosen)

@@ -26,7 +26,8 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
     else:
         cpus = (os.cpu_count() or 1) + 2
         with _silent(not verbose):
-            ray.init(num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
+            # "local": without it, Ray connects to any other Ray that somebody started on this machine.
+            ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
         for name in ("ray.data", "ray.train", "ray"):

@@ -126,6 +126,8 @@ class Training:
     best_similarity: float = float("-inf")
     best_epoch: int = 0
     done: bool = False
+    taken: int = 0
+    """Optimizer steps that changed the parameters: all, but for those of float16 whose gradients overflowed."""
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -141,17 +143,24 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises KeyError if the state is of other parameters."""
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(state["trained"][name])
+        """Tensors may be on any device; load them to the CPU, where Adam counts its steps. Raises KeyError if the state is of
+        other parameters."""
+        self.put(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in _STATE:
             setattr(self, name, state[name])
+        self.average, self.best = self._beside(self.average), self._beside(self.best)
+
+    def _beside(self, values: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Values on the devices of their parameters."""
+        return values and {name: values[name].to(parameter.device) for name, parameter in self.trained.items()}
 
     def update_average(self, decay: float) -> None:
+        """After step n the decay is at most (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage: a run of some dozen
+        steps would otherwise keep the weights that it began with."""
         if self.average is not None:
+            decay = min(decay, (1 + self.taken) / (10 + self.taken))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - decay)
 
     @contextmanager
@@ -178,8 +187,15 @@ class Training:
         if final is not None:
             self.put(final)
 
+    @property
+    def saved_epoch(self) -> int:
+        """The epoch whose parameters ``finish`` leaves, counted from 1."""
+        return self.epoch if self.best is None else self.best_epoch
 
-_STATE = ("average", "epoch", "best", "best_similarity", "best_epoch", "done")
+
+_STATE = ("average", "epoch", "best", "best_similarity", "best_epoch", "done", "taken")
+FIRST_SCALE = 2.0**12
+"""Of a float16 loss. torch's own, 2^16, overflows at the start, and each overflow costs a step of a run that may have a few dozen."""
 
 
 def clones(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -191,7 +207,7 @@ def start_training(model: nn.Module, tuning: Tuning, device: str = "cpu", precis
     training = Training(
         model=model,
         optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=tuning.learning_rate),
-        scaler=torch.amp.GradScaler(device, enabled=precision == "float16"),
+        scaler=torch.amp.GradScaler(device, init_scale=FIRST_SCALE, enabled=precision == "float16"),
     )
     if tuning.ema:
         training.average = clones(training.trained)
@@ -223,16 +239,19 @@ def finetune(
     an epoch depends on the seed and the epoch alone, so that a run whose state was loaded from a checkpoint after any
     epoch goes on as if it had never stopped. The last step of an epoch yields ``epoch_done`` 1 and, with held-out images,
     ``held_out``: their directional similarity. ``average`` is called on gradients before each step, for several workers.
+    Raises ArithmeticError if a loss is not finite, or if float16 gradients overflow in every step of an epoch.
     """
     tuning = objective.tuning
     steps = steps_per_epoch(len(latents), tuning, objective.path)
     while training.epoch < tuning.epochs and not training.done:
-        epoch = training.epoch
+        epoch, taken = training.epoch, training.taken
         for group in training.optimizer.param_groups:
             group["lr"] = tuning.learning_rate * tuning.learning_rate_growth**epoch
         for i, losses in enumerate(_epoch(training, latents, reference, objective, average)):
             told = {"epoch": epoch, "step": epoch * steps + i + 1, **losses, "epoch_done": float(i + 1 == steps)}
             if told["epoch_done"]:
+                if training.taken == taken:
+                    raise ArithmeticError(f"the gradients overflowed in every step of epoch {epoch + 1}; use bfloat16 or float32")
                 training.epoch += 1
                 if held_out is not None:
                     told["held_out"] = _judge_epoch(training, held_out, objective, average)
@@ -277,9 +296,12 @@ def _optimize(
             f"the loss is not finite in epoch {training.epoch + 1} at learning rate {rate:g}; lower the rate or its growth, or use float32"
         )
     average(p.grad for p in training.trained.values() if p.grad is not None)
+    scale = training.scaler.get_scale()
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    training.update_average(decay)
+    if training.scaler.get_scale() >= scale:  # a smaller one means that the step was left out
+        training.taken += 1
+        training.update_average(decay)
     return sums
 
 

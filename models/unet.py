@@ -104,6 +104,7 @@ def load_base(reference: str | Path, precision: str = "float32", class_label: in
 
 @lru_cache(maxsize=2)
 def _base(reference: str, precision: str, class_label: int | None) -> NoiseUNet:
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean it; torch lets convolutions of newer GPUs round to TF32
     folder = folder_of(reference)
     unet, alpha_bars = _network(folder, public(reference)), load_alpha_bars(folder)
     if unet.config.time_embedding_type == "learned" and unet.time_proj.num_embeddings < len(alpha_bars):

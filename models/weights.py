@@ -68,14 +68,20 @@ def save_edit_model(folder: Path, state: dict[str, Tensor], card: Card) -> Path:
     """Writes ``NAME.safetensors`` (float16) and ``NAME.json`` into ``folder``; returns the weights file.
 
     Whoever reads meanwhile sees both or no card: each file is moved into place whole, and an old card goes before new
-    weights come.
+    weights come. Raises ArithmeticError, and writes nothing, for weights that are not finite as float16.
     """
+    state = {name: tensor.detach().to(torch.float16).contiguous().cpu() for name, tensor in state.items()}
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ArithmeticError(
+            f"{len(broken)} tensors of the edit model {card.attribute} are not finite, {broken[0]} for one, so it is not saved; "
+            f"lower the learning rate"
+        )
     text = json.dumps(asdict(card), indent=2) + "\n"  # before anything is touched: it may hold what JSON does not know
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{card.attribute}.safetensors"
     part = file.with_name(f".{file.name}.{uuid4().hex}.part")
     try:
-        save_file({k: v.detach().to(torch.float16).contiguous().cpu() for k, v in state.items()}, part)
+        save_file(state, part)
         file.with_suffix(".json").unlink(missing_ok=True)
         part.replace(file)
     finally:

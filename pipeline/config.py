@@ -191,6 +191,8 @@ class TuneRun:
     workers: int = 1
     gpus: float = 0.0
     cpus: float = 1.0
+    max_pixels: int = MAX_PIXELS
+    """As in ``Resources``: the source images are decoded again."""
     storage: Path | None = None
     """Where Ray Train keeps checkpoints; beside the output if None."""
 
@@ -205,6 +207,8 @@ class TuneRun:
             found.append("an identity loss needs the weights of a face recognition network (IR-SE50, model_ir_se50.pth): give --identity")
         if self.workers < 1:
             found.append(f"workers must be at least 1; got {self.workers}")
+        if self.max_pixels < 1:
+            found.append(f"max pixels must be at least 1; got {self.max_pixels}")
         return found
 
 

@@ -7,6 +7,7 @@ only decoding can set it.
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from torch import Tensor
 from models.diffusion import Draw, NoiseModel, alpha_bar_at, blend, noised, project, stochastic_walk, walk
 from models.domains import Domain
 from models.recipe import Recipe
-from models.unet import load_alpha_bars, load_base, load_edit_model
+from models.unet import NoiseUNet, load_alpha_bars, load_base, load_edit_model
 from pipeline import codec, schema
 from pipeline.config import Edit, Resources
 
@@ -94,6 +95,18 @@ class Invert:
         return walk(self.model, x0, self.path, alpha_bars, recipe.order)
 
 
+_in_use: WeakValueDictionary[tuple[Any, ...], NoiseUNet] = WeakValueDictionary()
+
+
+def _shared_edit_model(base: str, file: str, precision: str, class_label: int | None) -> NoiseUNet:
+    """An edit model, one object for all edits that use it at the same time: ten degrees take the memory of one."""
+    key = (base, file, precision, class_label)
+    model = _in_use.get(key)
+    if model is None:
+        model = _in_use[key] = load_edit_model(*key)
+    return model
+
+
 class Apply:
     """latent -> edited: the walk down with the mix of base and edit models. Adds ``edited``, ``attribute``, ``degree``."""
 
@@ -108,7 +121,7 @@ class Apply:
         base, how = self.domain.weights, (self.recipe.precision, self.recipe.class_label)
         table = self.edit.weights
         used = [i for i in range(1 + len(self.edit.parts)) if any(row[i] for row in table.values())]
-        models = [load_edit_model(base, self.edit.parts[i - 1].file, *how) if i else load_base(base, *how) for i in used]
+        models = [_shared_edit_model(base, self.edit.parts[i - 1].file, *how) if i else load_base(base, *how) for i in used]
         rows = {start: [row[i] for i in used] for start, row in table.items()}
         return blend([model.to(self.resources.device) for model in models], rows)
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from models.unet import NoiseUNet
 
 
-STATE, METRICS, WEIGHTS = "training.pt", "metrics.json", "weights.safetensors"
-"""Files of a checkpoint."""
+STATE, METRICS, WEIGHTS, SAVED = "training.pt", "metrics.json", "weights.safetensors", "saved.json"
+"""Files of a checkpoint: what goes on, figures of all epochs; in the last one, finished weights and the figures of their epoch."""
 LOSSES = ("loss", "clip", "l1", "identity", "similarity")
 
 
@@ -82,6 +82,11 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
         problems.append(f"{run.latents} holds no latents; make them with: diffusionclip invert {run.latents} LATENTS")
     else:
         problems += latent_mismatch(found, run.domain, run.recipe.of_latent())
+        if found.rows < run.tuning.held_out + run.workers:
+            problems.append(
+                f"{run.latents} has {found.rows} latents, too few for {run.tuning.held_out} held-out images and at least one to train on "
+                f"for each of {run.workers} workers"
+            )
     problems += [problem for clip in run.loss_clips for problem in clip_problems(clip)]
     if run.domain.clip in run.loss_clips and not problems:
         problems += word_problems(run.domain, run.source_text, run.target_text)
@@ -106,14 +111,15 @@ def word_problems(domain: Domain, *texts: str) -> list[str]:
 # ---- on the worker ---------------------------------------------------------------------------------------------------
 
 
-def load_latents(shard: ray.data.DataIterator, limit: int, size: int) -> tuple[Tensor, Tensor]:
+def load_latents(shard: ray.data.DataIterator, limit: int, size: int, max_pixels: int) -> tuple[Tensor, Tensor]:
     """Latents and source images, float32 (N, 3, size, size) each, of a worker's shard; at most ``limit``."""
     latents, pictures = [], []
     for batch in shard.iter_batches(batch_size=64, batch_format="pyarrow"):
         latents.append(codec.latents_from_arrow(batch["latent"], size))
-        decoded, errors = codec.decode_column(batch["image"], size, max_pixels=2**62)  # what was inverted was decoded before
+        decoded, errors = codec.decode_column(batch["image"], size, max_pixels)
         if any(errors):
-            raise ValueError(f"the source of a latent cannot be decoded any more: {next(filter(None, errors))}; invert again")
+            reason = next(filter(None, errors))
+            raise ValueError(f"the source of a latent cannot be decoded as before: {reason}; give the --max-pixels of invert, or invert again")
         pictures.append(codec.to_tensor([picture for picture in decoded if picture is not None]))
     if not latents:
         raise ConfigError("there is not one usable latent to train on")
@@ -135,7 +141,7 @@ def train_loop(config: dict[str, Any]) -> None:
     workers, rank = context.get_world_size(), context.get_world_rank()
     shard = ray.train.get_dataset_shard("train")
     share = [-(-count // workers) for count in (tuning.images, tuning.held_out)]
-    loading = ThreadPoolExecutor(1).submit(load_latents, shard, sum(share), run.domain.image_size)
+    loading = ThreadPoolExecutor(1).submit(load_latents, shard, sum(share), run.domain.image_size, run.max_pixels)
 
     from models.finetune import alone, finetune, references, start_training, steps_per_epoch  # slow to import
 
@@ -148,7 +154,7 @@ def train_loop(config: dict[str, Any]) -> None:
     latents, x0 = (images.to(device) for images in loading.result())
     reference = references(model, latents, x0, objective)  # before any checkpoint is loaded: by the base model
     (latents, unseen), (reference, before) = (split_held_out(images, share[1]) for images in (latents, reference))
-    _restore(training, device)
+    history = _restore(training)
     per_epoch = steps_per_epoch(len(latents), tuning, objective.path)
     counts = {"images": len(latents) * workers, "steps": per_epoch * tuning.epochs}
     average = average_over_workers if workers > 1 else alone
@@ -158,16 +164,19 @@ def train_loop(config: dict[str, Any]) -> None:
             journal.add.remote(run.attribute, {**told, **counts})
         sums = {name: sums.get(name, 0.0) + told[name] / per_epoch for name in LOSSES if name in told}
         if told["epoch_done"]:
-            metrics: dict[str, float] = {**sums, **counts, "epoch": training.epoch, "step": told["step"]}
+            metrics: dict[str, float] = {**sums, **counts, "epoch": training.epoch, "step": training.taken}
             if "held_out" in told:
                 metrics["held_out"] = told["held_out"]
-            _report(training, metrics, run, rank)
+            history.append(metrics)
+            _report(training, history, run, rank)
             sums = {}
 
 
 def split_held_out(images: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    """Images to train on, and the last ones, at most half of all, that are held out."""
-    count = len(images) - min(held_out, len(images) // 2)
+    """Images to train on, and the last ones, which are held out. Raises ValueError if none is left to train on."""
+    count = len(images) - held_out
+    if count < 1:
+        raise ValueError(f"with {held_out} images held out, none of {len(images)} usable latents is left to train on; hold out fewer")
     return images[:count], images[count:]
 
 
@@ -205,26 +214,29 @@ def make_objective(run: TuneRun, device: str) -> "Objective":
     )
 
 
-def _restore(training: "Training", device: str) -> None:
-    """Loads the last checkpoint, if there is one."""
+def _restore(training: "Training") -> list[dict[str, float]]:
+    """Loads the last checkpoint, if there is one; returns the figures of the epochs before it."""
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            training.load_state_dict(torch.load(Path(folder, STATE), weights_only=True, map_location=device))
+    if checkpoint is None:
+        return []
+    with checkpoint.as_directory() as folder:
+        training.load_state_dict(torch.load(Path(folder, STATE), weights_only=True, map_location="cpu"))
+        return list(json.loads(Path(folder, METRICS).read_text()))
 
 
-def _report(training: "Training", metrics: dict[str, float], run: TuneRun, rank: int) -> None:
-    """Reports an epoch with a checkpoint; the last one holds the finished weights too."""
+def _report(training: "Training", history: list[dict[str, float]], run: TuneRun, rank: int) -> None:
+    """Reports an epoch with a checkpoint; the last one holds the finished weights and the figures of their epoch too."""
     if rank != 0:
-        ray.train.report(metrics)
+        ray.train.report(history[-1])
         return
     with tempfile.TemporaryDirectory() as folder:
         torch.save(training.state_dict(), Path(folder, STATE))
-        Path(folder, METRICS).write_text(json.dumps(metrics))
         if training.done or training.epoch == run.tuning.epochs:
             training.finish()
             save_file(finished_weights(training.model, run.tuning.rank), Path(folder, WEIGHTS))
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+            Path(folder, SAVED).write_text(json.dumps(history[training.saved_epoch - 1]))
+        Path(folder, METRICS).write_text(json.dumps(history))
+        ray.train.report(history[-1], checkpoint=Checkpoint.from_directory(folder))
 
 
 def finished_weights(model: Any, rank: int | None) -> dict[str, Tensor]:
@@ -275,7 +287,7 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         state = load_file(Path(folder, WEIGHTS))
-        metrics = json.loads(Path(folder, METRICS).read_text())
+        metrics = json.loads(Path(folder, SAVED).read_text())
     file = save_edit_model(run.output, state, make_card(run, metrics))
     shutil.rmtree(storage / plan.name, ignore_errors=True)
     with suppress(OSError):  # other attributes may still have theirs
@@ -296,7 +308,7 @@ def make_card(run: TuneRun, metrics: dict[str, float]) -> Card:
         steps=int(metrics["step"]),
         rank=run.tuning.rank,
         clips=[public(clip) for clip in run.loss_clips],
-        losses={name: round(metrics[name], 5) for name in (*LOSSES, "held_out") if name in metrics},
+        losses={name: round(metrics[name], 5) for name in (*LOSSES, "held_out", "epoch") if name in metrics},
         versions=versions(),
     )
 

@@ -27,7 +27,7 @@ class Sizes:  # in place of the networks, which need a real GPU
         return pa.table({"rows": sizes, "errors": pa.array([[] for _ in sizes], pa.list_(pa.string()))})
 
 dataset.Worker = Sizes
-ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
 found = find(Source(path=sys.argv[1]))
 blocks = plan_blocks(found, 4)
 run = SimpleNamespace(resources=Resources(workers=2, gpus=float(sys.argv[2]), cpus=0.5))

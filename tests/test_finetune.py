@@ -12,6 +12,7 @@ from conftest import TinyDomain
 from tiny import save_clip
 from torch import Tensor, nn
 
+from models import lora
 from models.clip import load_clip
 from models.diffusion import CLEAN, walk
 from models.domains import Domain
@@ -54,6 +55,12 @@ def objective(domain: Domain) -> Objective:
 @pytest.fixture
 def fresh(domain: Domain) -> Callable[[], nn.Module]:
     return lambda: deepcopy(load_base(domain.weights)).requires_grad_(True)
+
+
+def low_rank(model: Any) -> Any:
+    """The model with adapters of rank 2, which alone are trained."""
+    lora.add(model.requires_grad_(False).unet, 2)
+    return model
 
 
 def pictures(count: int, seed: int) -> Tensor:
@@ -126,6 +133,17 @@ def test_recomputing_activations_gives_the_same_gradients(objective: Objective, 
     (again,) = list(edit_losses(model, LATENTS, X0, with_tuning(objective, memory="checkpoint")))
     assert torch.equal(whole["loss"], again["loss"])
     assert torch.equal(gradient(model, whole["loss"]), gradient(model, again["loss"]))
+
+
+def test_recomputing_gives_low_rank_weights_the_same_gradients_too(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    model = low_rank(fresh())
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    grads = []
+    for memory in ("full", "checkpoint"):
+        (losses,) = list(edit_losses(model, LATENTS, X0, with_tuning(objective, memory=memory)))
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses["loss"], adapters)]))
+    assert grads[0].abs().max() > 0
+    assert torch.equal(*grads)
 
 
 def kept_numbers(model: nn.Module, losses: Iterator[dict[str, Tensor]]) -> int:
@@ -272,15 +290,16 @@ def saved(training: Training) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-EXTRAS = {"plain": {}, "all": {"memory": "stepwise", "ema": 0.9, "held_out": 2, "patience": 5, "accumulate": 2}}
+EXTRAS = {"plain": {}, "low rank": {"rank": 2}, "all": {"memory": "stepwise", "ema": 0.9, "held_out": 2, "patience": 5, "accumulate": 2}}
 
 
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     objective: Objective, fresh: Callable[[], nn.Module], extras: dict[str, Any]
 ) -> None:
-    objective, options = with_tuning(objective, **extras), {"held_out": (X0, LATENTS)} if extras else {}
-    whole, first, second = (start_training(fresh(), objective.tuning) for _ in range(3))
+    objective, options = with_tuning(objective, **extras), {"held_out": (X0, LATENTS)} if "held_out" in extras else {}
+    made = (lambda: low_rank(fresh())) if "rank" in extras else fresh
+    whole, first, second = (start_training(made(), objective.tuning) for _ in range(3))
     expected = run(whole.model, objective, whole, **options)
     stopped = []
     for told in finetune(first, LATENTS, X0, objective, **options):  # type: ignore[arg-type]
@@ -334,8 +353,9 @@ def test_the_moving_average_is_saved_in_place_of_the_last_weights(objective: Obj
     objective = with_tuning(objective, ema=0.5)
     training = start_training(fresh(), objective.tuning)
     want = weights(training.model)
-    for _ in finetune(training, LATENTS, X0, objective):
-        want = {k: 0.5 * v + 0.5 * training.model.state_dict()[k] for k, v in want.items()}
+    for n, _ in enumerate(finetune(training, LATENTS, X0, objective), 1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        want = {k: decay * v + (1 - decay) * training.model.state_dict()[k] for k, v in want.items()}
     last = weights(training.model)
     training.finish()
     torch.testing.assert_close(weights(training.model), want, rtol=1e-5, atol=1e-6)
@@ -349,6 +369,7 @@ def test_training_stops_when_held_out_images_get_no_better_and_keeps_the_best(ob
     similarities = [r["held_out"] for r in told]
     assert len(told) < 30, "a rate this high does not improve for ever"
     assert similarities.index(max(similarities)) == len(similarities) - 3
+    assert training.saved_epoch == len(similarities) - 2, "what is told of the saved weights is of their epoch, not of the last"
     training.finish()
     assert similarity_of(training.model, X0, LATENTS, objective) == pytest.approx(max(similarities), abs=1e-6)
 
@@ -371,6 +392,24 @@ def test_mixed_precision_trains_float32_weights(
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not same(weights(model), weights(load_base(domain.weights)))
     assert mixed[0]["loss"] == pytest.approx(full[0]["loss"], rel=tolerance)
+
+
+def test_steps_that_float16_leaves_out_are_not_counted_and_an_epoch_of_them_ends_the_run(domain: Domain, objective: Objective) -> None:
+    objective = with_tuning(objective, ema=0.5, batch=1)
+    model = deepcopy(load_base(domain.weights, "float16")).requires_grad_(True)
+    training, before = start_training(model, objective.tuning, "cpu", "float16"), weights(model)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21)
+    told, seen = finetune(training, LATENTS, X0, objective), 0
+    while training.taken == 0:  # halved each time, until the gradients fit
+        assert same(before, weights(model))
+        next(told)
+        seen += 1
+    assert 1 < seen < 5
+    assert not same(before, weights(model))
+    training = start_training(deepcopy(model), objective.tuning, "cpu", "float16")
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    with pytest.raises(ArithmeticError, match="every step of epoch 1"):
+        list(finetune(training, LATENTS, X0, objective))
 
 
 def test_checkpointing_works_under_autocast_too(domain: Domain, objective: Objective) -> None:

@@ -17,9 +17,9 @@ from test_end_to_end import run
 from tiny import picture
 
 from models.conversion import config_of
-from models.diffusion import CLEAN, walk
+from models.diffusion import CLEAN, linear_alpha_bars, walk
 from models.official import ARCHITECTURES
-from models.unet import load_alpha_bars, load_base
+from models.unet import NoiseUNet, load_alpha_bars, load_base
 from models.weights import load_card
 from pipeline import codec, schema
 
@@ -55,6 +55,21 @@ def test_the_walk_at_real_size_is_that_of_diffusers(folder: Path) -> None:
         for t, steps in ((499, 4), (249, 4)):
             scheduler.num_inference_steps = steps
             want = scheduler.step(model.unet(want, torch.tensor([t])).sample, t, want).prev_sample
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddpm-256", "iddpm-256", "adm-256"])
+def test_the_way_up_at_real_size_is_ddim_turned_around_in_both_families(name: str) -> None:
+    torch.manual_seed(1)
+    unet, bars = UNet2DModel.from_config(config_of(ARCHITECTURES[name])).eval(), linear_alpha_bars()
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        got = walk(NoiseUNet(unet), x, [CLEAN, 100, 499], bars)
+        want, level = x, torch.tensor(1.0)
+        for t, above in ((0, bars[100]), (100, bars[499])):  # DiffusionCLIP, eq. 11; below t = 0 the network is told t = 0
+            noise = unet(want, torch.tensor([t])).sample[:, :3]
+            x0 = (want - (1 - level).sqrt() * noise) / level.sqrt()
+            want, level = above.sqrt() * x0 + (1 - above).sqrt() * noise, above
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 

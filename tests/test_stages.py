@@ -1,5 +1,6 @@
 """What would be lost: one row out for each row in, the same pixels in any company, and rejects that keep their reason."""
 
+import gc
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from models.domains import Domain
 from models.pixelface.avatars import FACTORS
 from models.pixelface.judge import Judge
 from models.recipe import Recipe
-from models.unet import load_alpha_bars, load_base, load_edit_model
+from models.unet import NoiseUNet, load_alpha_bars, load_base, load_edit_model
 from pipeline import codec, schema
 from pipeline.codec import decode_column
 from pipeline.config import Edit, Resources
@@ -52,6 +53,23 @@ def domain(tiny_domain: TinyDomain) -> Domain:
 @pytest.fixture(scope="module")
 def invert(domain: Domain) -> Invert:
     return Invert(domain, domain.recipe, RESOURCES)
+
+
+def networks() -> int:
+    """How many are in memory."""
+    gc.collect()
+    return sum(isinstance(thing, NoiseUNet) for thing in gc.get_objects())
+
+
+def test_all_degrees_and_mixes_of_an_edit_model_share_one_network(domain: Domain, tiny_edit: TinyEdit) -> None:
+    load_base(domain.weights)
+    hat, beard = tiny_edit(domain, "hat", 0.5), tiny_edit(domain, "beard", 0.5)
+    before = networks()
+    edits = [Edit(parts=(hat,), degree=degree) for degree in (0.5, 1.0, 1.5)] + [Edit(parts=(hat, beard))]
+    stages = [Apply(domain, domain.recipe, edit, RESOURCES) for edit in edits]
+    assert networks() == before + 2
+    del stages
+    assert networks() == before
 
 
 def apply(domain: Domain, edit: Edit, table: pa.Table, recipe: Recipe | None = None) -> pa.Table:

@@ -63,6 +63,16 @@ def test_a_save_that_fails_leaves_the_pair_as_it_was_or_no_card(saved: Path) -> 
     assert [file.name for file in saved.parent.iterdir()] == [saved.name], "new weights beside an old card would be a lie"
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e6], ids=["not a number", "too large for float16"])
+def test_weights_that_are_not_finite_are_never_saved(saved: Path, value: float) -> None:
+    before = saved.read_bytes()
+    broken = network(3).state_dict()
+    broken["2.bias"][0] = value
+    with pytest.raises(ArithmeticError, match=r"1 tensors of the edit model smiling are not finite, 2\.bias"):
+        save_edit_model(saved.parent, broken, CARD)
+    assert saved.read_bytes() == before
+
+
 def test_saving_again_replaces_weights_and_card(saved: Path) -> None:
     save_edit_model(saved.parent, network(3).state_dict(), replace(CARD, steps=99))
     model = network(2)

@@ -119,7 +119,7 @@ def load_latents(shard: ray.data.DataIterator, limit: int, size: int, max_pixels
         decoded, errors = codec.decode_column(batch["image"], size, max_pixels)
         if any(errors):
             reason = next(filter(None, errors))
-            raise ValueError(f"the source of a latent cannot be decoded as before: {reason}; give the --max-pixels of invert, or invert again")
+            raise ValueError(f"the source of a latent cannot be decoded: {reason}; give the --max-pixels of invert, or invert again")
         pictures.append(codec.to_tensor([picture for picture in decoded if picture is not None]))
     if not latents:
         raise ConfigError("there is not one usable latent to train on")

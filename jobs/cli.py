@@ -77,12 +77,18 @@ def _status(error: Exception) -> int | None:
 
 
 def _from_a_worker(error: BaseException | None) -> BaseException | None:
-    """The error for people that a worker of Ray raised, out of the wrappers around it: weights that only it looked for."""
-    from models.weights import WeightsError
+    """The error for people that a worker of Ray raised: weights that only it looked for. It is in one of the wrappers around it, or
+    only in their text, where an actor died of it."""
+    from models.references import EVERY_NODE, WeightsError, told_in
 
+    texts = []
     while error is not None and not isinstance(error, WeightsError):
+        texts.append(str(error))
         error = getattr(error, "cause", None) or error.__cause__
-    return error
+    if error is not None:
+        return WeightsError(f"on a worker, {error}; {EVERY_NODE}")
+    told = next(filter(None, map(told_in, texts)), None)
+    return WeightsError(f"on a worker, {told}; {EVERY_NODE}") if told else None
 
 
 if __name__ == "__main__":

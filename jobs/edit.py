@@ -89,12 +89,13 @@ def edit(
         class_label=class_label,
         seed=seed,
     )
+    edits = make_edits(chosen, attribute or [], mix or [], degree or [], models or [])
     run = Run(
         source=source,
         output=output,
         domain=chosen,
-        recipe=recipe_for(source, chosen, given),
-        edits=make_edits(chosen, attribute or [], mix or [], degree or [1.0], models or []),
+        recipe=recipe_for(source, chosen, given, edits),
+        edits=edits,
         score_clip=score_clip,
         identity=identity,
         resources=Resources(workers=workers, gpus=gpus, cpus=cpus, batch=batch, block_rows=block_rows, max_pixels=max_pixels),

@@ -48,6 +48,9 @@ HeldOut = Annotated[
 ]
 Patience = Annotated[int | None, typer.Option(help="Epochs without a better one; the best is kept.", rich_help_panel=STOPPING)]
 StopAt = Annotated[float | None, typer.Option(help="Stop at this held-out similarity.", rich_help_panel=STOPPING)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Train again and replace an edit model of the same name.", rich_help_panel=TRAINING)
+]
 Parallel = Annotated[int, typer.Option(help="Attributes trained side by side.", rich_help_panel=o.MACHINES)]
 TuneWorkers = Annotated[int, typer.Option(help="Workers that share one attribute.", rich_help_panel=o.MACHINES)]
 
@@ -87,6 +90,7 @@ def finetune(
     patience: Patience = None,
     stop_at: StopAt = None,
     max_pixels: o.MaxPixels = 64_000_000,
+    overwrite: Overwrite = False,
     parallel: Parallel = 1,
     workers: TuneWorkers = 1,
     gpus: o.Gpus = 0.0,
@@ -95,6 +99,8 @@ def finetune(
     verbose: o.Verbose = False,
 ) -> None:
     """Teach a copy of the base model one attribute, from words alone; several attributes side by side.
+
+    Training that was stopped goes on when the same command is given again; an edit model that is there from the same request is left.
 
     [bold]Examples[/bold]
 
@@ -106,8 +112,8 @@ def finetune(
 
     diffusionclip finetune out/latents out/models --name ginger --source-text face --target-text "face with ginger hair"
     """
-    from jobs.session import ray_session
-    from pipeline.training import make_tune_plan
+    from jobs.progress import console
+    from jobs.session import ray_session, refuse_too_much
 
     numbers = o.given(
         epochs=epochs,
@@ -131,12 +137,61 @@ def finetune(
         stop_at=stop_at,
     )
     chosen = wanted_attributes(domain, attribute or [], (name, source_text, target_text))
-    others = {"workers": workers, "gpus": gpus, "cpus": cpus, "clips": tuple(clip or ()), "identity": identity, "max_pixels": max_pixels}
+    refuse_early(models, parallel, numbers)
+    others = {
+        "overwrite": overwrite,
+        "workers": workers,
+        "gpus": gpus,
+        "cpus": cpus,
+        "clips": tuple(clip or ()),
+        "identity": identity,
+        "max_pixels": max_pixels,
+    }
     runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
-    plans = [make_tune_plan(run) for run in runs]
-    advise(runs, chosen)
-    with ray_session(address, verbose):
-        train(plans, parallel)
+    plans = plan_all(runs)
+    for plan in plans:
+        if plan.done:
+            console.print(f"{plan.file} is there from the same request; nothing to train (--overwrite trains again)", markup=False)
+    left = [plan for plan in plans if not plan.done]
+    advise([plan.run for plan in left], [a for a, plan in zip(chosen, plans, strict=True) if not plan.done])
+    if left:
+        with ray_session(address, verbose):
+            refuse_too_much(address, gpus, cpus, workers)
+            train(left, parallel)
+
+
+def refuse_early(models: Path, parallel: int, numbers: dict[str, Any]) -> None:
+    """Raises ConfigError for what no plan would notice."""
+    import re
+
+    from pipeline.config import ConfigError
+
+    problems = []
+    if re.match(r"\w+:/", str(models)):  # a path swallows one of the slashes
+        problems.append(f"edit models are saved in a local folder; got {models}")
+    if parallel < 1:
+        problems.append(f"at least 1 attribute must be trained at a time; got --parallel {parallel}")
+    if numbers.get("clip_weight") == 0 and "form" in numbers:
+        problems.append("--form is of the directional CLIP loss, which --clip-weight 0 leaves out; leave --form out as well")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def plan_all(runs: list[Any]) -> list[Any]:
+    """The plans of all attributes. Raises ConfigError with the problems of all of them, each told once."""
+    from pipeline.config import ConfigError
+    from pipeline.training import make_tune_plan
+
+    plans: list[Any] = []
+    problems: list[str] = []
+    for run in runs:
+        try:
+            plans.append(make_tune_plan(run))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return plans
 
 
 def wanted_attributes(domain: str, names: list[str], own: tuple[str | None, str | None, str | None]) -> list[Any]:
@@ -201,9 +256,11 @@ def advise(runs: list[Any], attributes: list[Any]) -> None:
 def train(plans: list[Any], parallel: int) -> list[Any]:
     """Trains on the connected Ray with progress. Raises TrainingFailedError at the end if any attribute failed."""
     from jobs.progress import console, display
+    from pipeline.resume import alone
     from pipeline.training import fit_all
 
-    with display(f"fine-tune {', '.join(plan.run.attribute for plan in plans)}", 100, "%") as shown:
+    files = [str(plan.file) for plan in plans]
+    with alone(files), display(f"fine-tune {', '.join(plan.run.attribute for plan in plans)}", 100, "%") as shown:
 
         def update(latest: dict[str, dict[str, float]]) -> None:
             share = sum(now["step"] / now["steps"] for now in latest.values()) / len(plans)

@@ -21,7 +21,7 @@ Spacing = Annotated[str | None, typer.Option(help="Of the rungs: linspace (the o
 Inversion = Annotated[
     str | None, typer.Option(help="deterministic, or stochastic: fresh noise instead of a walk up.", rich_help_panel=WALK)
 ]
-Eta = Annotated[float | None, typer.Option(help="Fresh noise on the way down: 0 none, 1 DDPM; needs --solver ddim.", rich_help_panel=WALK)]
+Eta = Annotated[float | None, typer.Option(help="Fresh noise on the way down: 0 none, 1 DDPM.", rich_help_panel=WALK)]
 Projections = Annotated[
     int | None,
     typer.Option("--project", help="For strokes and other unseen domains: so often into the trained domain first.", rich_help_panel=WALK),

@@ -1,5 +1,6 @@
 """From names that people type to the objects that pipeline/ works with; every wrong name is a ConfigError."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from models.domains import DOMAINS, Domain
 from models.recipe import Recipe
 from models.weights import WeightsError, edit_models_in, load_card
 from pipeline import schema
+from pipeline.checks import parts_of
 from pipeline.config import ConfigError, Edit, Part, Source, unknown
 from pipeline.sources import find
 
@@ -55,12 +57,39 @@ def attribute_named(domain: Domain, name: str) -> Attribute:
     return known[name]
 
 
-def recipe_for(source: Source, domain: Domain, given: dict[str, Any]) -> Recipe:
-    """The domain's recipe, or for latents the one that made them, with what was given on the command line."""
-    base = domain.recipe.to_dict()
+def recipe_for(source: Source, domain: Domain, given: dict[str, Any], edits: Sequence[Edit] = ()) -> Recipe:
+    """For latents the recipe that made them, else the domain's with the return step that all edit models were tuned at, if it is one;
+    with what was given on the command line. Raises ConfigError if something that was given would do nothing."""
+    about: dict[str, Any] = {}
     with suppress(ConfigError):  # said with every other problem when the run is planned
-        base |= schema.about(find(source).columns).get("recipe", {})
-    return Recipe.from_dict(base | given)
+        about = schema.about(find(source).columns)
+    of_latents = about.get("kind") == "latents"
+    made = about.get("recipe", {}) if of_latents else _common_return_step(edits)
+    recipe = Recipe.from_dict(domain.recipe.to_dict() | made | given)
+    if problems := idle_options(recipe, given, of_latents):
+        raise ConfigError(*problems)
+    return recipe
+
+
+def _common_return_step(edits: Sequence[Edit]) -> dict[str, int]:
+    """The return step of all edit models' cards; empty if they name none, or several."""
+    recipes = [load_card(part.file).recipe for part in parts_of(edits)]
+    steps = {int(recipe["return_step"]) for recipe in recipes if "return_step" in recipe}
+    return {"return_step": steps.pop()} if len(steps) == 1 else {}
+
+
+def idle_options(recipe: Recipe, given: dict[str, Any], of_latents: bool) -> list[str]:
+    """Options of the walk that were given and would change nothing, each in a sentence."""
+    found = []
+    if not recipe.projections:
+        idle = [f"--project-{name.removeprefix('projection_')}" for name in ("projection_step", "projection_steps") if name in given]
+        found += [f"{option} belongs to --project, which is not given" for option in idle]
+    if "steps_up" in given and recipe.inversion == "stochastic":
+        found.append("--steps-up does nothing with --inversion stochastic, which adds noise in one stroke; leave it out")
+    if "seed" in given and not (recipe.eta if of_latents else recipe.has_noise):
+        others = "" if of_latents else ", --project or --inversion stochastic"
+        found.append(f"--seed is of fresh noise, and this walk has none: leave it out, or give --eta{others}")
+    return found
 
 
 def edit_models(domain: Domain, folders: list[str]) -> dict[str, str]:
@@ -126,8 +155,8 @@ def _parse_weights(members: str, text: str) -> dict[str, float]:
     return weights
 
 
-def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees: list[float], folders: list[str]) -> tuple[Edit, ...]:
-    """Every attribute and mix at every degree; ``none`` is the reconstruction. Raises ConfigError with all wrong names."""
+def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees: Sequence[float], folders: list[str]) -> tuple[Edit, ...]:
+    """Every attribute and mix at every degree, 1 if none is given; ``none`` is the reconstruction. Raises ConfigError with all problems."""
     usable = edit_models(domain, folders)
     edits: list[Edit] = []
     problems: list[str] = []
@@ -147,8 +176,10 @@ def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees:
             except ConfigError as error:
                 problems += error.problems
         by_range = rows if len(rows) > 1 or rows[0][0] else ()
-        edits += [Edit(parts=tuple(parts), degree=degree, ranges=by_range) for degree in (degrees if parts else [1.0])]
+        edits += [Edit(parts=tuple(parts), degree=degree, ranges=by_range) for degree in (degrees if parts and degrees else [1.0])]
     problems += [f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {d}" for d in degrees if not -5 <= d <= 5]
+    if degrees and edits and not any(edit.parts for edit in edits):
+        problems.append("a reconstruction has no degree; leave --degree out, or name an attribute")
     if not attributes and not mixes:
         problems.append(f"say what to edit with --attribute or --mix; usable are {', '.join(sorted(usable)) or 'no edit models yet'}")
     if problems:

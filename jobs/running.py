@@ -15,21 +15,25 @@ class TooManyRejectsError(RuntimeError):
 
 def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None:
     """Plans (before Ray starts), runs, reports. Raises ConfigError, AuditError or TooManyRejectsError."""
-    from jobs.session import ray_session
+    from jobs.session import ray_session, refuse_too_much
     from pipeline.dataset import make_plan
 
     plan = make_plan(run)
     with ray_session(address, verbose):
+        refuse_too_much(address, run.resources.gpus, run.resources.cpus)
         run_plan(plan, name)
 
 
 def run_plan(plan: "Plan", name: str) -> "Report":
     """Runs a plan on the connected Ray and prints one line a dataset."""
     from pipeline.dataset import execute
+    from pipeline.resume import alone
 
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
     if plan.done.rows:
         console.print(f"{name}: {plan.done.rows} of {plan.found.rows} rows are there from an earlier run; going on with the others")
-    with display(name, plan.found.rows, before=plan.done.rows) as shown:
+    with alone(output.folder for output in plan.pending), display(name, plan.found.rows, before=plan.done.rows) as shown:
         report = execute(plan, lambda now: shown.update(now.done, f"{now.rejected} rejected"))
     for output in plan.outputs:
         console.print(

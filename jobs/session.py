@@ -26,8 +26,12 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
     else:
         cpus = (os.cpu_count() or 1) + 2
         with _silent(not verbose):
+<<<<<<< HEAD
             # "local": without it, Ray connects to any other Ray that somebody started on this machine.
             ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
+=======
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
+>>>>>>> 654b371 (Requests are checked by what weights, cards and configurations say, before anything starts)
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
         for name in ("ray.data", "ray.train", "ray"):
@@ -36,6 +40,28 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+
+
+def refuse_too_much(address: str | None, gpus: float, cpus: float, workers: int = 1) -> None:
+    """Raises ConfigError if a Ray of this machine has fewer GPUs or CPUs than ``workers`` at the same time need: they would be waited
+    for without end. A cluster may grow, so there it is only said."""
+    import ray
+
+    from jobs.progress import console
+    from pipeline.config import ConfigError
+
+    there = ray.cluster_resources()
+    lacking = [
+        f"{workers * need:g} {kind}s for {workers} worker{'s' * (workers > 1)}, and there are {there.get(kind, 0):g}"
+        for kind, need in (("GPU", gpus), ("CPU", cpus))
+        if workers * need > there.get(kind, 0)
+    ]
+    if not lacking:
+        return
+    if address or os.environ.get("RAY_ADDRESS"):
+        console.print(f"note: waiting for the cluster to grow; needed are {'; '.join(lacking)}", markup=False)
+    else:
+        raise ConfigError(*(f"needed are {what} on this machine (CPUs: two more than cores); ask for less" for what in lacking))
 
 
 @contextmanager

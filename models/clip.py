@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.fetching import file_of, first_in, names_in
-from models.references import WeightsError, inside
+from models.references import WeightsError, absolute, inside
 
 OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
 """Models whose weights are OpenAI's where no others are asked for, as open_clip spells them."""
@@ -129,6 +129,11 @@ def is_folder(reference: str) -> bool:
     return "://" in reference or reference.startswith(("/", ".", "~")) or Path(reference).is_dir()
 
 
+def absolute_clip(reference: str) -> str:
+    """A local folder with its absolute path; any other reference as it is."""
+    return absolute(reference) if is_folder(reference) else reference
+
+
 def model_and_tag(reference: str) -> tuple[str, str]:
     """``ViT-B-16/openai`` -> model and pretrained tag in open_clip's spelling; OpenAI's own names (``ViT-B/16``, ``RN50``) imply
     ``openai``. The tag is empty if there is none."""
@@ -163,6 +168,20 @@ def clip_problems(reference: str) -> list[str]:
         f"unknown CLIP {reference!r}: it is MODEL/PRETRAINED of open_clip.list_pretrained(), like ViT-B-16/openai, "
         f"or a folder with {CONFIG}, also hf://org/name{_hint(model, models)}"
     ]
+
+
+def check_clip(reference: str) -> None:
+    """Raises WeightsError, as ``load_clip`` does, if there is no such CLIP or its weights are not where they should be. Loads and
+    fetches none of them."""
+    reference = _reference(reference)
+    if problems := clip_problems(reference):
+        raise WeightsError(" ".join(problems))
+    if not is_folder(reference):
+        repository, names = _weights_named(*model_and_tag(reference))
+        if not {*names} & {*names_in(repository)}:
+            raise _gone(repository, reference)
+    elif "://" in reference:
+        _needed_of(reference)
 
 
 def _hint(name: str, allowed: list[str]) -> str:
@@ -230,23 +249,36 @@ def creation_arguments(model: str, tag: str) -> dict[str, Any]:
     return {"force_quick_gelu": bool(about.get("quick_gelu", False)), "force_preprocess_cfg": about}
 
 
-def _weights_of(model: str, tag: str) -> Path:
-    """Local copy of the weights of a tag, by way of the hub, where all of open_clip's table are."""
+def _weights_named(model: str, tag: str) -> tuple[str, tuple[str, ...]]:
+    """Where the weights of a tag are, and the names that they may have: all of open_clip's table are on the hub."""
     import open_clip
 
     repository, _, name = open_clip.get_pretrained_cfg(model, tag)["hf_hub"].rpartition("/")
-    names = (str(Path(name).with_suffix(".safetensors")), name) if name else WEIGHTS
-    found = first_in(f"hf://{repository}", names)
+    return f"hf://{repository}", (str(Path(name).with_suffix(".safetensors")), name) if name else WEIGHTS
+
+
+def _weights_of(model: str, tag: str) -> Path:
+    """Local copy of the weights of a tag."""
+    repository, names = _weights_named(model, tag)
+    found = first_in(repository, names)
     if found is None:
-        raise WeightsError(f"hf://{repository} has no weights of CLIP {model}/{tag} any more; take others, or give a folder with {CONFIG}")
+        raise _gone(repository, f"{model}/{tag}")
     return found[1]
 
 
+def _gone(repository: str, name: str) -> WeightsError:
+    return WeightsError(f"{repository} has no weights of CLIP {name} any more; take others, or give a folder with {CONFIG}")
+
+
 def _files_of(folder: str) -> list[Path]:
-    """Local copies of what open_clip needs of a remote folder: configuration, tokenizer, one file of weights."""
+    """Local copies of what open_clip needs of a remote folder."""
+    return [file_of(inside(folder, name)) for name in _needed_of(folder)]
+
+
+def _needed_of(folder: str) -> list[str]:
+    """Names of what open_clip needs of a remote folder: configuration, tokenizer, one file of weights."""
     names = names_in(folder)
     weights = [name for name in WEIGHTS if name in names]
     if CONFIG not in names or not weights:
         raise WeightsError(f"there is no CLIP in {folder}: it needs {CONFIG} and {WEIGHTS[0]}, and has {', '.join(names[:8]) or 'nothing'}")
-    others = [name for name in names if name.endswith((".json", ".txt", ".model"))]
-    return [file_of(inside(folder, name)) for name in [*others, weights[0]]]
+    return [*(name for name in names if name.endswith((".json", ".txt", ".model"))), weights[0]]

@@ -14,6 +14,8 @@ import yaml
 
 from models.domains import DOMAINS, README_RECIPE, README_TUNING, Domain
 from models.fetching import file_of, first_in
+from models.folders import schedule_length
+from models.recipe import Recipe
 from models.references import NotCachedError, WeightsError, inside
 
 FILE = "domain.json"
@@ -45,7 +47,9 @@ def domain_from_folder(reference: str | Path) -> Domain:
     with suppress(NotCachedError):  # offline, a folder that was fetched may well have none
         _, file = first_in(home, [FILE]) or (FILE, None)
     if file is None:
-        return _checked(Domain(**_DEFAULTS | own | _facts(home) | {"about": f"{home}, not in the table"}), home)
+        facts, length = _facts(home), schedule_length(home)
+        recipe = scaled(README_RECIPE, length, {})
+        return _checked(Domain(**_DEFAULTS | own | facts | {"about": f"{home}, not in the table", "recipe": recipe}), home, length)
     given = _parsed(file)
     return _domain(file, home, {"weights": home} if "extends" in given else own, given)  # imported weights are of the domain they extend
 
@@ -63,18 +67,25 @@ def _domain(file: Path, home: str, own: dict[str, Any], given: dict[str, Any]) -
         if values.get(name):
             values[name] = _resolved(values[name], home)
     base = {f.name: getattr(DOMAINS[extended], f.name) for f in fields(Domain)} if extended else _DEFAULTS
+    length = 1000
     if values.get("weights") and "image_size" not in values:
-        base = base | _facts(values["weights"])
+        base, length = base | _facts(values["weights"]), schedule_length(values["weights"])
     for name in ("weights", "image_size"):
         if name not in base | values:
             raise WeightsError(f"{file}: {name} is missing")
-    for name in ("recipe", "tuning"):
-        values[name] = replace(base[name], **values.get(name, {}))
-    return _checked(Domain(**base | values), str(file))
+    values["recipe"] = scaled(base["recipe"], length, values.get("recipe", {}))
+    values["tuning"] = replace(base["tuning"], **values.get("tuning", {}))
+    return _checked(Domain(**base | values), str(file), length)
 
 
-def _checked(domain: Domain, where: str) -> Domain:
-    problems = domain.problems()
+def scaled(recipe: Recipe, timesteps: int, given: Mapping[str, Any]) -> Recipe:
+    """A recipe made for a schedule of 1000 timesteps, for one of another length, with what was given for that one."""
+    steps = {name: max(1, round(getattr(recipe, name) * timesteps / 1000)) for name in ("return_step", "projection_step")}
+    return replace(recipe, **{**steps, **given})
+
+
+def _checked(domain: Domain, where: str, timesteps: int) -> Domain:
+    problems = domain.problems(timesteps)
     if problems:
         raise WeightsError("\n".join(f"{where}: {problem}" for problem in problems))
     return domain

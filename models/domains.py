@@ -55,7 +55,7 @@ class Domain:
     tuning_images: Path | None = None
     """Images to fine-tune attributes with."""
 
-    def problems(self) -> list[str]:
+    def problems(self, timesteps: int = 1000) -> list[str]:
         """Sentences that say what is impossible about this domain; empty if nothing is."""
         found = []
         if not self.name or not self.noun:
@@ -68,7 +68,7 @@ class Domain:
             found.append(f"a network predicts one of {', '.join(PREDICTIONS)}; this one predicts {self.prediction}")
         if self.classes is not None and self.classes < 1:
             found.append(f"the number of classes must be at least 1; got {self.classes}")
-        return found + self.recipe.problems() + self.tuning.problems()
+        return found + self.recipe.problems(timesteps) + self.tuning.problems()
 
 
 README_RECIPE = Recipe(return_step=500)

@@ -47,6 +47,21 @@ def _file_at(place: Place) -> Path:
     return file
 
 
+def check_file(reference: str | Path) -> None:
+    """Raises WeightsError, as ``file_of`` does, if a file cannot be had; fetches nothing of it."""
+    place = place_of(reference)
+    if place.kind == "hub" and place.path:
+        if place.path not in hub_names(place):
+            raise MissingError(f"hf://{place.repo} has no file {place.path}")
+    elif place.kind == "remote" and not offline():
+        try:
+            stores.identity(place.path)
+        except UnreachableError:
+            _file_at(place)  # which may be in the cache
+    else:
+        _file_at(place)
+
+
 def first_in(folder: str | Path, names: Iterable[str]) -> tuple[str, Path] | None:
     """The first of ``names`` that a folder has, and a local copy of it; None if it has none of them. Raises WeightsError if
     the folder does not exist, may not be read or cannot be reached, or if only its cache could be looked at, in vain."""

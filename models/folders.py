@@ -21,6 +21,45 @@ from models.references import MissingError, WeightsError, public
 
 CONFIG, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
 """The files of a folder in normal form."""
+NETWORK: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+}
+"""What in ``config.json`` decides the output of a network, with diffusers' own defaults: folders of different ages name different
+parts. Size of the training images and dropout decide nothing in use."""
+SCHEDULE: dict[str, Any] = {
+    "prediction_type": "epsilon",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "trained_betas": None,
+}
+"""The same of ``scheduler_config.json``."""
 _FORMS = (WEIGHTS, "diffusion_pytorch_model.bin")
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -69,6 +108,44 @@ def read_json(file: Path) -> dict[str, Any]:
         raise WeightsError(f"{file} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise WeightsError(f"{file} is not a JSON object")
+    return found
+
+
+def decisive(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the configurations of a folder in normal form say that decides an output, whatever else stands in them."""
+    parts = {CONFIG: NETWORK, SCHEDULER: SCHEDULE}
+    return {file: {**defaults, **_known(read_json(folder / file), defaults)} for file, defaults in parts.items()}
+
+
+def _known(said: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in said.items() if name in defaults}
+
+
+def schedule_length(reference: str | Path) -> int:
+    """Number of timesteps of a base model's noise schedule; its weights are not fetched for that. Raises WeightsError."""
+    _, file = first_in(reference, [SCHEDULER, f"scheduler/{SCHEDULER}"]) or _lacking(reference, SCHEDULER)
+    said = SCHEDULE | read_json(file)
+    length = len(said["trained_betas"]) if isinstance(said["trained_betas"], list) else said["num_train_timesteps"]
+    if not isinstance(length, int) or length < 2:
+        raise WeightsError(f"{public(reference)}: num_train_timesteps in its {SCHEDULER} must be a whole number above 1; got {length!r}")
+    return length
+
+
+def network_problems(reference: str | Path, image_size: int, class_label: int | None) -> list[str]:
+    """Why a base model's network cannot take images of this size and this label, from its configuration alone; empty if it can.
+    Raises WeightsError if there is none."""
+    _, file = first_in(reference, [CONFIG, f"unet/{CONFIG}"]) or _lacking(reference, CONFIG)
+    said, found = NETWORK | read_json(file), []
+    levels, classes = len(said["block_out_channels"]), said["num_class_embeds"]
+    if image_size % 2 ** (levels - 1):
+        found.append(
+            f"the network of {public(reference)} halves images {levels - 1} times, so their size must be a multiple of "
+            f"{2 ** (levels - 1)}; the domain's is {image_size}"
+        )
+    if class_label is not None and classes is None:
+        found.append(f"the network of {public(reference)} knows no classes; leave the class label {class_label} out")
+    if class_label is not None and classes is not None and class_label >= classes:
+        found.append(f"the class label must lie between 0 and {classes - 1}; got {class_label}")
     return found
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.fetching import check_file
 from models.weights import WeightsError, file_of
 
 SIDE = 112
@@ -138,6 +139,14 @@ def identity_loss(net: Identity, source: Tensor, edited: Tensor) -> Tensor:
     with torch.no_grad():
         wanted = net.features(source)
     return (1 - (net.features(edited) * wanted).sum(-1)).mean()
+
+
+def check_identity(reference: str) -> None:
+    """Raises WeightsError, as ``load_identity`` does, if the weights cannot be had; reads and fetches none of them."""
+    try:
+        check_file(reference)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; {WANTED}") from None
 
 
 @lru_cache(maxsize=2)

@@ -25,7 +25,8 @@ class Recipe:
     steps_up: int = 20
     steps_down: int = 20
     solver: str = "ab2"
-    """``ddim`` (order 1) or ``ab2`` (order 2, two-step Adams-Bashforth); one model call a step either way."""
+    """``ddim`` (order 1) or ``ab2`` (order 2, two-step Adams-Bashforth); one model call a step either way. Of deterministic walks;
+    fresh noise (``eta``) makes the way down one of order 1."""
     spacing: str = "sigma"
     """Of the ladder: ``linspace`` (the official code's) or ``sigma``."""
     precision: str = "float32"
@@ -34,7 +35,7 @@ class Recipe:
     """``deterministic`` walks up with the base model; ``stochastic`` adds fresh noise in one stroke: no model calls, but the
     way back does not lead to the same image."""
     eta: float = 0.0
-    """Share of fresh noise on the way down: 0 is deterministic (DDIM), 1 is DDPM. Above 0 the solver is ``ddim``."""
+    """Share of fresh noise on the way down: 0 is deterministic, 1 is DDPM."""
     projections: int = 0
     """How often an image of an unseen domain is noised and walked down with the base model before it is inverted."""
     projection_step: int = 500
@@ -64,8 +65,6 @@ class Recipe:
         found = []
         if not 0 <= self.eta <= 1:
             found.append(f"eta must lie between 0 (deterministic) and 1 (DDPM); got {self.eta}")
-        elif self.eta and self.solver != "ddim":
-            found.append(f"fresh noise (eta {self.eta:g}) needs the solver ddim; got {self.solver}")
         if self.projections < 0:
             found.append(f"projections must not be negative; got {self.projections}")
         if self.projections and not 1 <= self.projection_step < timesteps:
@@ -101,13 +100,17 @@ class Recipe:
         """Model calls an image and model on the way down."""
         return self.steps_down
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether fresh noise enters anywhere, so that the seed decides something."""
+        return bool(self.eta or self.projections or self.inversion == "stochastic")
+
     def of_latent(self) -> dict[str, Any]:
-        """The part of the recipe that decides the latent: latents made with another part must not be reused."""
-        names = ["return_step", "steps_up", "solver", "spacing", "class_label", "inversion", "projections"]
+        """What an edit of latents must have in common with the recipe that made them. Solver, spacing and seed made them too, but
+        the way down may have others."""
+        names = ["return_step", "steps_up", "class_label", "inversion", "projections"]
         if self.projections:
             names += ["projection_step", "projection_steps"]
-        if self.projections or self.inversion == "stochastic":
-            names.append("seed")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:

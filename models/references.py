@@ -110,6 +110,25 @@ def public(reference: str | Path) -> str:
     return "::".join(map(_without_secrets, text.split("::"))) if "://" in text else _PIN.sub("", text)
 
 
+def absolute(reference: str | Path) -> str:
+    """A local path as one that every process understands, whatever its working directory; any other reference as it is."""
+    place = place_of(reference)
+    if place.kind != "local":
+        return str(reference)
+    return str(Path(place.path).absolute()) + (f"#sha256={place.sha256}" if place.sha256 else "")
+
+
+EVERY_NODE = "every node must have the file at the same place, or be able to fetch it"
+"""What to do about weights that only a worker misses."""
+_TOLD = re.compile(r"^\W*(?:\w+\.)*(?:WeightsError|MissingError|NotCachedError|UnreachableError): (.+)$", re.MULTILINE)
+
+
+def told_in(traceback: str) -> str | None:
+    """The last sentence of a WeightsError in the text of a traceback, as other processes send them; None if there is none."""
+    told = _TOLD.findall(re.sub(r"\x1b\[[0-9;]*m", "", traceback))
+    return told[-1].strip() if told else None
+
+
 def _without_secrets(url: str) -> str:
     if "://" not in url or url.startswith("hf://"):  # the @ of hf:// is a revision
         return url.partition("#")[0]

@@ -1,5 +1,6 @@
 """Weights by reference (``models.references``): fingerprints, and edit models with their cards."""
 
+import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.fetching import digest, file_of, names_in, write_in_one_stroke
-from models.folders import WEIGHTS, folder_of, read_state
+from models.folders import WEIGHTS, decisive, folder_of, read_state
 from models.references import SUFFIXES, MissingError, WeightsError, beside, inside, place_of, public
 
 __all__ = [
@@ -29,10 +30,14 @@ __all__ = [
 
 
 def fingerprint(reference: str | Path) -> str:
-    """First 16 hex digits of the SHA-256 of a weights file, or of the weights file of a base model's folder in normal form."""
+    """16 hex digits. Of a weights file: the first of its SHA-256. Of a base model: of its weights and of all that decides an output
+    in its configurations, so that another noise schedule is another base model."""
     place = place_of(reference)
-    is_file = Path(place.path).is_file() if place.kind == "local" else place.path.partition("?")[0].endswith(SUFFIXES)
-    return digest(file_of(reference) if is_file else folder_of(reference) / WEIGHTS)[:16]
+    if Path(place.path).is_file() if place.kind == "local" else place.path.partition("?")[0].endswith(SUFFIXES):
+        return digest(file_of(reference))[:16]
+    folder = folder_of(reference)
+    parts = {WEIGHTS: digest(folder / WEIGHTS), **decisive(folder)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class Card:
     """References of the CLIPs whose directional losses trained it."""
     losses: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
+    """Everything that decided the weights, by flat names; empty if they were not made by ``diffusionclip finetune``."""
 
 
 def edit_models_in(folder: str | Path) -> dict[str, str]:

@@ -66,11 +66,17 @@ class Resources:
         for name in ("workers", "batch", "block_rows", "max_pixels"):
             if getattr(self, name) < 1:
                 found.append(f"{name.replace('_', ' ')} must be at least 1; got {getattr(self, name)}")
-        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
-            found.append(f"GPUs an actor must be 0, a fraction below 1, or a whole number; got {self.gpus}")
-        if self.cpus < 0:
-            found.append(f"CPUs an actor must not be negative; got {self.cpus}")
-        return found
+        return found + machine_problems("actor", self.gpus, self.cpus)
+
+
+def machine_problems(kind: str, gpus: float, cpus: float) -> list[str]:
+    """What is impossible about the GPUs and CPUs of each actor or worker."""
+    found = []
+    if not (0 <= gpus < 1 or gpus in range(1, 1000)):
+        found.append(f"GPUs of each {kind} must be 0, a fraction below 1, or a whole number; got {gpus}")
+    if not 0 <= cpus < 10_000:
+        found.append(f"CPUs of each {kind} must be a number that is not negative; got {cpus}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +159,9 @@ class Run:
         """The reference of the CLIP that scores edits."""
         return None if self.score_clip == "none" else self.score_clip or self.domain.clip
 
-    def problems(self) -> list[str]:
-        """Everything that is impossible in the numbers, before any file is looked at."""
-        found = self.recipe.problems() + self.resources.problems()
+    def problems(self, timesteps: int = 1000) -> list[str]:
+        """Everything that is impossible in the numbers, for a base model with a schedule of so many timesteps."""
+        found = self.recipe.problems(timesteps) + self.resources.problems()
         if self.overwrite and self.retry_rejects:
             found.append("--overwrite computes everything again, rejects too; leave --retry-rejects out")
         if not 0 <= self.max_reject_rate <= 1:
@@ -167,6 +173,8 @@ class Run:
                 found.append(f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {edit.degree}")
             if edit.ranges and edit.ranges[0][0] != 0:
                 found.append(f"a mix by ranges of timesteps must say what holds from timestep 0; the lowest given is {edit.ranges[0][0]}")
+        if self.score_clip not in {None, "none"} and not any(edit.parts for edit in self.edits):
+            found.append(f"CLIP {self.score_clip} has nothing to score, because a reconstruction has no direction; leave --score-clip out")
         names = [edit.name for edit in self.edits]
         found += [f"edit {name!r} is asked for twice" for name in sorted(set(names)) if names.count(name) > 1]
         return found
@@ -193,6 +201,8 @@ class TuneRun:
     cpus: float = 1.0
     max_pixels: int = MAX_PIXELS
     """As in ``Resources``: the source images are decoded again."""
+    overwrite: bool = False
+    """Train again and replace an edit model of the same name, whatever made it."""
     storage: Path | None = None
     """Where Ray Train keeps checkpoints; beside the output if None."""
 
@@ -201,14 +211,22 @@ class TuneRun:
         """References of the CLIPs in the loss."""
         return self.clips or (self.domain.clip,)
 
-    def problems(self) -> list[str]:
-        found = self.recipe.problems() + self.tuning.problems()
+    def problems(self, timesteps: int = 1000) -> list[str]:
+        """Everything that is impossible in the numbers, for a base model with a schedule of so many timesteps."""
+        found = self.recipe.problems(timesteps) + self.tuning.problems() + machine_problems("worker", self.gpus, self.cpus)
         if self.tuning.id_weight and not self.identity:
             found.append("an identity loss needs the weights of a face recognition network (IR-SE50, model_ir_se50.pth): give --identity")
+        if self.identity and not self.tuning.id_weight:
+            found.append("--identity without a weight does nothing: give --id-weight as well")
+        most = self.recipe.return_step + 1
+        if self.tuning.steps_down > most:
+            found.append(f"steps down of the training must lie between 2 and {most} (return step + 1); got {self.tuning.steps_down}")
         if self.workers < 1:
             found.append(f"workers must be at least 1; got {self.workers}")
         if self.max_pixels < 1:
             found.append(f"max pixels must be at least 1; got {self.max_pixels}")
+        if self.workers > 1 and 0 < self.gpus < 1:
+            found.append(f"{self.workers} workers that share an attribute need a GPU each, and not {self.gpus:g} of one")
         return found
 
 

@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 import ray
 from fsspec.core import url_to_fs
 
-from models.domains import Domain
 from models.pixelface.avatars import FACTORS
-from models.recipe import Recipe
 from models.references import public
-from models.weights import WeightsError, fingerprint, load_card
+from models.weights import fingerprint
 from pipeline import schema
+from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems
 from pipeline.config import ConfigError, Edit, Run, Source, versions
 from pipeline.manifest import RUNNING, write_in_one_stroke, write_manifest
 from pipeline.resume import Done, clear, file_name, finished, nested, output_problems, request_of
@@ -63,6 +62,8 @@ class Plan:
     outputs: tuple[Output, ...]
     pending: tuple[Output, ...]
     """Those that lack rows; the others are left as they are."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of the request, though it is possible."""
 
     @property
     def model_calls(self) -> int:
@@ -92,15 +93,18 @@ class Report:
 
 def make_plan(run: Run) -> Plan:
     """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
-    run = replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output))
-    problems = run.problems()
+    run = absolute_weights(replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output)))
+    timesteps, problems = base_problems(run.domain, run.recipe)
+    problems += run.problems(timesteps)
     try:
         found = find(run.source)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
-    problems += (
-        _latent_problems(run, found) + _edit_problems(run) + _clip_problems(run) + _name_problems(run, found) + _output_problems(run)
-    )
+    of_cards, notes = card_problems(run)
+    clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
+    problems += latent_problems(run, found) + of_cards + _name_problems(run, found) + _output_problems(run)
+    if clips or run.identity:
+        problems += network_weights_problems(clips, run.identity)
     if problems:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
@@ -113,7 +117,7 @@ def make_plan(run: Run) -> Plan:
         pending = tuple(o for o in outputs if len(finished(blocks, [o.folder], run.retry_rejects).starts) < len(blocks))
         done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
     ids = check_ids(found, blocks)
-    return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending)
+    return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending, notes=tuple(notes))
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
@@ -122,6 +126,7 @@ def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
         "family": run.domain.family,
         "domain_fingerprint": fingerprint(run.domain.weights),
         "recipe": run.recipe.to_dict(),
+        **_of_latents(found),
     }
     if not run.edits:
         columns = schema.latents_schema(found.user_columns, run.domain.image_size, about)
@@ -140,6 +145,11 @@ def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
     return tuple(outputs)
 
 
+def _of_latents(found: Input) -> dict[str, Any]:
+    """The recipe that made the latents, where there were any: the way down may have another solver, spacing and seed."""
+    return {"latents_recipe": schema.about(found.columns).get("recipe")} if found.has_latents else {}
+
+
 def _calls_down(run: Run, edit: Edit) -> int:
     """Network evaluations an image on the way down: at each rung one for every model that has a weight there."""
     table = edit.weights
@@ -149,55 +159,6 @@ def _calls_down(run: Run, edit: Edit) -> int:
 
     rungs = run.recipe.down(load_alpha_bars(run.domain.weights))[:-1]
     return sum(sum(w != 0 for w in table[max(start for start in table if start <= max(rung, 0))]) for rung in rungs)
-
-
-def latent_mismatch(found: Input, domain: Domain, wanted: dict[str, Any]) -> list[str]:
-    """What keeps latents from being used with this domain and recipe, by name; empty if they fit."""
-    about = schema.about(found.columns)
-    problems = []
-    if about.get("domain_fingerprint") != fingerprint(domain.weights):
-        problems.append(
-            f"the latents at {found.source.path} were made by base model {about.get('domain')} "
-            f"({about.get('domain_fingerprint')}), not by {domain.name} ({fingerprint(domain.weights)}); invert the images again"
-        )
-    made_with = Recipe.from_dict(about.get("recipe", {})).of_latent()  # what an older record does not name was at its default
-    for name, value in wanted.items():
-        made = made_with.get(name)
-        if made != value:
-            problems.append(f"the latents at {found.source.path} were made with {name} {made}, but {value} is asked for")
-    return problems
-
-
-def _latent_problems(run: Run, found: Input) -> list[str]:
-    if not found.has_latents:
-        return []
-    if not run.edits:
-        return [f"{run.source.path} holds latents already; give images"]
-    return latent_mismatch(found, run.domain, run.recipe.of_latent())
-
-
-def _edit_problems(run: Run) -> list[str]:
-    problems = []
-    for part in {part.name: part for edit in run.edits for part in edit.parts}.values():
-        try:
-            card = load_card(part.file)
-        except WeightsError as error:
-            problems.append(str(error))
-            continue
-        if card.domain_fingerprint != fingerprint(run.domain.weights):
-            problems.append(
-                f"edit model {part.name} ({part.file}) belongs to base model {card.domain} ({card.domain_fingerprint}), "
-                f"not to {run.domain.name} ({fingerprint(run.domain.weights)}); fine-tune it again"
-            )
-    return problems
-
-
-def _clip_problems(run: Run) -> list[str]:
-    if run.clip is None or not any(edit.parts for edit in run.edits):
-        return []
-    from models.clip import clip_problems  # it may take seconds
-
-    return clip_problems(run.clip)
 
 
 def _name_problems(run: Run, found: Input) -> list[str]:
@@ -370,7 +331,10 @@ def _pool(most: int) -> ray.data.ActorPoolStrategy:
 
 def audit(input_ids: np.ndarray, folder: str) -> None:
     """The hard gate: every input id (sorted hashes) stands in the output exactly once. Raises AuditError otherwise."""
-    out = find(Source(path=folder))
+    try:
+        out = find(Source(path=folder))
+    except ConfigError as error:  # such as files of another run, which wrote there meanwhile
+        raise AuditError(f"{error}; run again with --overwrite") from None
     written = check_ids(out, plan_blocks(out, 10_000))
     if not np.array_equal(written, input_ids):
         lost, foreign = len(np.setdiff1d(input_ids, written)), len(np.setdiff1d(written, input_ids))
@@ -388,6 +352,7 @@ def _manifest(plan: Plan, output: Output, report: Report, state: str) -> dict[st
         "input": public(run.source.path),
         "domain": run.domain.name,
         "recipe": run.recipe.to_dict(),
+        **_of_latents(plan.found),
         "edit": [{**asdict(part), "file": public(part.file)} for part in edit.parts] if edit else None,
         "degree": edit.degree if edit else None,
         "ranges": edit.ranges if edit else None,

@@ -9,19 +9,22 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from models.fetching import cache_folder
 from models.references import public
 from models.weights import fingerprint
-from pipeline.config import Edit, Run
+from pipeline.config import ConfigError, Edit, Run, TuneRun
 from pipeline.manifest import read_manifest
 from pipeline.sources import Block, Input
 
@@ -62,6 +65,25 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
             "score CLIP": run.clip and public(run.clip),
             "identity": run.identity and public(run.identity),
         }
+    back: dict[str, Any] = json.loads(json.dumps(request))
+    return back
+
+
+def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
+    """The same for the weights of an edit model. How many workers share the images is among it, GPUs and CPUs are not."""
+    request: dict[str, Any] = {
+        "latents": public(found.source.path),
+        "latents files": digest(found),
+        "base model": fingerprint(run.domain.weights),
+        "attribute": run.attribute,
+        "source text": run.source_text,
+        "target text": run.target_text,
+        "CLIPs": [public(clip) for clip in run.loss_clips],
+        "identity": run.identity and public(run.identity),
+        "workers": run.workers,
+        **{f"recipe {name}": value for name, value in run.recipe.to_dict().items()},
+        **{f"tuning {name}": value for name, value in asdict(run.tuning).items()},
+    }
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back
 
@@ -176,6 +198,25 @@ def clear(folder: str, keep: Callable[[str], bool]) -> None:
     leftovers = [str(file) for file in fs.glob(f"{root}/{TEMPORARY}")]
     for file in [*leftovers, *(f"{root}/{name}" for name in _files(fs, root) if OURS.fullmatch(name) and not keep(name))]:
         fs.rm_file(file)
+
+
+@contextmanager
+def alone(places: Iterable[str]) -> Iterator[None]:
+    """Keeps other processes of this machine and user from writing to the same local places, until this one leaves or ends, however it
+    ends. Object stores, and file systems without locks, know no such thing. Raises ConfigError if another one is writing there."""
+    folder = cache_folder() / "locks"
+    with ExitStack() as stack:
+        for fs, path in map(url_to_fs, places):
+            if "file" not in fs.protocol:
+                continue
+            with suppress(OSError, NotImplementedError):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(folder / f"{hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.lock")
+                try:
+                    stack.enter_context(lock.acquire(blocking=False))
+                except Timeout:
+                    raise ConfigError(f"another process is writing to {path}; wait for it or stop it, or give another place") from None
+        yield
 
 
 def _files(fs: AbstractFileSystem, root: str) -> list[str]:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -24,14 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.attributes import attributes_of
-from models.clip import clip_problems
 from models.domains import Domain
-from models.references import public
-from models.weights import Card, fingerprint, save_edit_model
+from models.references import EVERY_NODE, WeightsError, public, told_in
+from models.weights import Card, fingerprint, load_card, save_edit_model
 from pipeline import codec
+from pipeline.checks import absolute_tuning_weights, base_problems, latent_mismatch, network_weights_problems
 from pipeline.config import ConfigError, Source, TuneRun, versions
-from pipeline.dataset import block_dataset, latent_mismatch
-from pipeline.resume import digest
+from pipeline.dataset import block_dataset
+from pipeline.resume import differences, tuning_request
 from pipeline.sources import Input, absolute, find, only_usable, plan_blocks
 
 if TYPE_CHECKING:
@@ -50,13 +51,21 @@ class TunePlan:
 
     run: TuneRun
     found: Input
+    request: dict[str, Any]
+    """Everything that decides the weights, as ``pipeline.resume`` compares it."""
+    done: bool = False
+    """Whether the edit model is there from the same request."""
 
     @property
     def name(self) -> str:
         """Of the Ray Train run: the same request finds its own checkpoints again, any other request starts afresh."""
-        request = {**asdict(self.run), "domain": fingerprint(self.run.domain.weights), "files": digest(self.found)}
-        hashed = hashlib.sha256(json.dumps(request, default=str, sort_keys=True).encode()).hexdigest()
+        hashed = hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()
         return f"{self.run.attribute}-{hashed[:12]}"
+
+    @property
+    def file(self) -> Path:
+        """Of the edit model."""
+        return self.run.output / f"{self.run.attribute}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +81,9 @@ class Tuned:
 
 def make_tune_plan(run: TuneRun) -> TunePlan:
     """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
-    run = replace(run, latents=absolute(run.latents), output=run.output.absolute())
-    problems = run.problems()
+    run = absolute_tuning_weights(replace(run, latents=absolute(run.latents), output=run.output.absolute()))
+    timesteps, problems = base_problems(run.domain, run.recipe)
+    problems += run.problems(timesteps)
     try:
         found = find(Source(path=run.latents))
     except ConfigError as error:
@@ -81,18 +91,41 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
     if not found.has_latents:
         problems.append(f"{run.latents} holds no latents; make them with: diffusionclip invert {run.latents} LATENTS")
     else:
-        problems += latent_mismatch(found, run.domain, run.recipe.of_latent())
+        problems += latent_mismatch(found, run.domain, run.recipe)
         if found.rows < run.tuning.held_out + run.workers:
             problems.append(
                 f"{run.latents} has {found.rows} latents, too few for {run.tuning.held_out} held-out images and at least one to train on "
                 f"for each of {run.workers} workers"
             )
-    problems += [problem for clip in run.loss_clips for problem in clip_problems(clip)]
+    problems += network_weights_problems(run.loss_clips, run.identity) + _place_problems(run.output)
     if run.domain.clip in run.loss_clips and not problems:
         problems += word_problems(run.domain, run.source_text, run.target_text)
     if problems:
         raise ConfigError(*problems)
-    return TunePlan(run=run, found=found)
+    plan = TunePlan(run=run, found=found, request=tuning_request(run, found))
+    return replace(plan, done=not run.overwrite and is_done(plan.file, plan.request))
+
+
+def _place_problems(folder: Path) -> list[str]:
+    """Why edit models cannot be saved in a folder; empty if they can."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        return [f"{folder} cannot be a folder: {there} is a file; give another"]
+    return [] if os.access(there, os.W_OK) else [f"{folder} cannot be written to; give another folder, or see to its permissions"]
+
+
+def is_done(file: Path, request: Mapping[str, Any]) -> bool:
+    """Whether an edit model is there from the same request. Raises ConfigError if it is from another one."""
+    if not (file.exists() and file.with_suffix(".json").exists()):  # weights without a card were not saved to the end
+        return False
+    try:
+        before = load_card(file).request
+    except WeightsError as error:
+        raise ConfigError(f"{error}; remove it, or --overwrite") from None
+    changed = "; ".join(differences(before, request)) if before else "its card does not say which"
+    if changed:
+        raise ConfigError(f"{file} was made by another request ({changed}); give another folder or name, or --overwrite")
+    return True
 
 
 def word_problems(domain: Domain, *texts: str) -> list[str]:
@@ -267,6 +300,8 @@ class Journal:
 def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     """Trains one attribute with Ray Train and saves its edit model. Raises what the training raised."""
     run, started = plan.run, time.monotonic()
+    if run.overwrite:  # what an earlier try has left may be of the same request
+        shutil.rmtree(storage / plan.name, ignore_errors=True)
     wanted = run.tuning.images + run.tuning.held_out
     # Which rows are trained on and which held out must not depend on which block is read first.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
@@ -288,14 +323,15 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     with result.checkpoint.as_directory() as folder:
         state = load_file(Path(folder, WEIGHTS))
         metrics = json.loads(Path(folder, SAVED).read_text())
-    file = save_edit_model(run.output, state, make_card(run, metrics))
+    file = save_edit_model(run.output, state, make_card(plan, metrics))
     shutil.rmtree(storage / plan.name, ignore_errors=True)
     with suppress(OSError):  # other attributes may still have theirs
         storage.rmdir()
     return Tuned(attribute=run.attribute, file=file, seconds=time.monotonic() - started, losses=metrics)
 
 
-def make_card(run: TuneRun, metrics: dict[str, float]) -> Card:
+def make_card(plan: TunePlan, metrics: dict[str, float]) -> Card:
+    run = plan.run
     return Card(
         attribute=run.attribute,
         domain=run.domain.name,
@@ -310,6 +346,7 @@ def make_card(run: TuneRun, metrics: dict[str, float]) -> Card:
         clips=[public(clip) for clip in run.loss_clips],
         losses={name: round(metrics[name], 5) for name in (*LOSSES, "held_out", "epoch") if name in metrics},
         versions=versions(),
+        request=plan.request,
     )
 
 
@@ -324,7 +361,9 @@ def fit_all(plans: list[TunePlan], parallel: int, on_progress: Callable[[dict[st
             try:
                 results.append(fit(plan, journal, plan.run.storage or plan.run.output / ".training"))
             except Exception as error:
-                results.append(Tuned(attribute=plan.run.attribute, error=f"{type(error).__name__}: {str(error).strip()}"))
+                missing = told_in(str(error))
+                told = f"on a worker, {missing}; {EVERY_NODE}" if missing else f"{type(error).__name__}: {str(error).strip()}"
+                results.append(Tuned(attribute=plan.run.attribute, error=told))
 
     threads = [threading.Thread(target=one, args=(plan,), daemon=True) for plan in plans]
     for thread in threads:

@@ -37,9 +37,10 @@ def test_every_problem_is_told_at_once() -> None:
         ({"batch": -1}, "batch must be at least 1; got -1"),
         ({"block_rows": 0}, "block rows must be at least 1; got 0"),
         ({"max_pixels": 0}, "max pixels must be at least 1; got 0"),
-        ({"gpus": -1.0}, "GPUs an actor must be 0, a fraction below 1, or a whole number; got -1.0"),
-        ({"gpus": 1.5}, "GPUs an actor must be 0, a fraction below 1, or a whole number; got 1.5"),
-        ({"cpus": -0.5}, "CPUs an actor must not be negative; got -0.5"),
+        ({"gpus": -1.0}, "GPUs of each actor must be 0, a fraction below 1, or a whole number; got -1.0"),
+        ({"gpus": 1.5}, "GPUs of each actor must be 0, a fraction below 1, or a whole number; got 1.5"),
+        ({"gpus": float("nan")}, "GPUs of each actor must be 0, a fraction below 1, or a whole number; got nan"),
+        ({"cpus": -0.5}, "CPUs of each actor must be a number that is not negative; got -0.5"),
     ],
 )
 def test_resources_that_no_machine_can_give_are_named(changed: dict[str, Any], message: str) -> None:
@@ -121,6 +122,40 @@ def test_a_tuning_run_names_the_problems_of_all_its_numbers() -> None:
     (problem,) = replace(run, tuning=Tuning(id_weight=0.3)).problems()
     assert "needs the weights of a face recognition network" in problem
     assert replace(run, tuning=Tuning(id_weight=0.3), identity="model_ir_se50.pth").problems() == []
+    (problem,) = replace(run, identity="model_ir_se50.pth").problems()
+    assert "--identity without a weight does nothing" in problem
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"gpus": -1.0}, "GPUs of each worker must be 0, a fraction below 1, or a whole number; got -1.0"),
+        ({"gpus": 1.5}, "GPUs of each worker must be 0, a fraction below 1, or a whole number; got 1.5"),
+        ({"gpus": 0.5, "workers": 2}, "2 workers that share an attribute need a GPU each, and not 0.5 of one"),
+        ({"cpus": float("nan")}, "CPUs of each worker must be a number that is not negative; got nan"),
+        ({"workers": 0}, "workers must be at least 1; got 0"),
+        ({"tuning": Tuning(steps_down=402)}, "steps down of the training must lie between 2 and 401 (return step + 1); got 402"),
+    ],
+)
+def test_a_training_that_no_machine_can_carry_out_is_named(changed: dict[str, Any], message: str) -> None:
+    run = TuneRun(
+        latents="latents",
+        output=Path("out"),
+        domain=DOMAINS["pixelface"],
+        attribute="smiling",
+        source_text="sad face",
+        target_text="smiling face",
+        recipe=Recipe(),
+        tuning=Tuning(),
+    )
+    assert replace(run, gpus=0.5).problems() == replace(run, gpus=2.0, workers=2).problems() == []
+    assert replace(run, **changed).problems() == [message]
+
+
+def test_a_clip_for_what_has_no_direction_is_not_taken_silently() -> None:
+    (problem,) = replace(RUN, edits=(Edit(),), score_clip="ViT-B-32/openai").problems()
+    assert "leave --score-clip out" in problem
+    assert replace(RUN, edits=(Edit(),), score_clip="none").problems() == []
 
 
 def test_versions_name_what_decides_arithmetic_and_files() -> None:

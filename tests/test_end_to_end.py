@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from servers import ROOT
 
+from jobs.finetune import finetune
 from models.domains import DOMAINS
 from models.weights import load_card
 from pipeline import codec, schema
+from pipeline.config import ConfigError
 
 PIXELFACE = DOMAINS["pixelface"]
 TINY = ("--return-step", "200", "--steps-up", "3")
@@ -241,3 +245,64 @@ def test_user_columns_pass_through_and_hugging_face_metadata_names_the_pictures(
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features["image"] == {"_type": "Image"}
     assert isinstance(table.schema.field("latent").type, pa.FixedSizeListType)
+
+
+def test_an_edit_model_that_is_there_is_neither_trained_again_nor_replaced_unasked(latents, tuned, capsys):
+    before = {file.name: file.read_bytes() for file in tuned.glob("rosy.*")}
+    words = {"name": "rosy", "source_text": "face", "target_text": "face with red hair", "batch": 4, "steps_down": 2, "cpus": 1.0}
+    finetune(str(latents), tuned, **words, epochs=2)
+    assert "is there from the same request; nothing to train" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ConfigError, match=r"another request \(tuning epochs was 2, now 3\); give another folder or name, or --overwrite"):
+        finetune(str(latents), tuned, **words, epochs=3)
+    assert {file.name: file.read_bytes() for file in tuned.glob("rosy.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"parallel": 0}, "at least 1 attribute must be trained at a time; got --parallel 0"),
+        ({"models": Path("s3://bucket/models")}, "edit models are saved in a local folder; got s3:/bucket/models"),
+        ({"clip_weight": 0.0, "form": "cosine"}, "--form is of the directional CLIP loss"),
+        ({"identity": "face.pth"}, "--identity without a weight does nothing: give --id-weight as well"),
+        ({"gpus": 1.5}, "GPUs of each worker must be"),
+        ({"attribute": ["glasses", "smiling"], "workers": 0}, "^workers must be at least 1; got 0$"),
+    ],
+    ids=str,
+)
+def test_an_impossible_training_is_refused_before_ray_starts(given, says, latents, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        finetune(str(latents), **({"models": tmp_path, "attribute": ["glasses"]} | given))
+
+
+WITHOUT = """
+import shutil, sys
+from pathlib import Path
+from jobs import cli, finetune, running
+
+gone = Path(sys.argv.pop(1))
+
+def without(work):
+    def carried_out(*arguments):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        return work(*arguments)
+    return carried_out
+
+running.run_plan, finetune.train = without(running.run_plan), without(finetune.train)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("job", ["edit", "finetune"])
+def test_weights_that_only_a_worker_misses_are_named_in_one_line(job, latents, tuned, tmp_path):
+    """As on a node that has no such file: it is there when the job is planned, and gone when a worker looks."""
+    if job == "edit":
+        shutil.copytree(tuned, tmp_path / "models")
+        gone, words = tmp_path / "models" / "rosy.safetensors", ("-a", "rosy", "--models", "models", "--max-reject-rate", "1")
+    else:
+        gone, words = Path(shutil.copytree(PIXELFACE.clip, tmp_path / "clip")), ("-a", "glasses", "--clip", "clip", "--cpus", "1")
+    command = [sys.executable, "-c", WITHOUT, str(gone), job, str(latents), str(tmp_path / "out"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert str(gone) in line
+    assert line.endswith("every node must have the file at the same place, or be able to fetch it")

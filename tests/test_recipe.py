@@ -28,7 +28,6 @@ def test_the_default_and_the_papers_recipe_are_possible() -> None:
         ({"spacing": "log"}, "spacing is one of linspace, sigma; got 'log'"),
         ({"precision": "int8"}, "precision is one of float32, bfloat16, float16; got 'int8'"),
         ({"eta": 1.5, "solver": "ddim"}, r"eta must lie between 0 \(deterministic\) and 1 \(DDPM\); got 1.5"),
-        ({"eta": 0.5}, r"fresh noise \(eta 0.5\) needs the solver ddim; got ab2"),
         ({"inversion": "exact"}, "inversion is one of deterministic, stochastic; got 'exact'"),
         ({"projections": -1}, "projections must not be negative; got -1"),
         ({"projections": 1, "projection_step": 1000}, "the projection step must lie between 1 and 999; got 1000"),
@@ -80,24 +79,27 @@ def test_a_misspelt_part_of_a_recipe_is_no_silent_default() -> None:
         Recipe.from_dict({"retrun_step": 5})
 
 
-def test_latents_are_told_apart_by_all_that_made_them_and_not_by_how_they_will_be_used() -> None:
-    assert Recipe(steps_down=5, precision="float16").of_latent() == Recipe().of_latent()
+def test_latents_are_told_apart_by_where_they_lie_and_not_by_how_they_will_be_used() -> None:
+    assert Recipe(steps_down=5, precision="float16", solver="ddim", spacing="linspace", eta=0.5, seed=3).of_latent() == Recipe().of_latent()
     for other in (
         Recipe(return_step=401),
         Recipe(steps_up=21),
-        Recipe(solver="ddim"),
-        Recipe(spacing="linspace"),
         Recipe(class_label=3),
         Recipe(inversion="stochastic"),
+        Recipe(projections=1),
     ):
         assert other.of_latent() != Recipe().of_latent()
 
 
-def test_the_seed_makes_a_latent_only_where_it_was_projected() -> None:
-    assert Recipe(seed=1, projection_step=300).of_latent() == Recipe().of_latent()
-    made = {tuple(Recipe(projections=2, **other).of_latent().values()) for other in ({}, {"seed": 1}, {"projection_step": 300})}
+def test_how_images_are_projected_makes_a_latent_only_where_they_are() -> None:
+    assert Recipe(projection_step=300).of_latent() == Recipe().of_latent()
+    made = {tuple(Recipe(projections=2, **other).of_latent().values()) for other in ({}, {"projection_steps": 7}, {"projection_step": 300})}
     assert len(made) == 3
-    assert Recipe(inversion="stochastic").of_latent() != Recipe(inversion="stochastic", seed=1).of_latent()
+
+
+def test_a_seed_decides_something_where_fresh_noise_enters() -> None:
+    assert not Recipe().has_noise
+    assert all(Recipe(**noise).has_noise for noise in ({"eta": 0.1}, {"projections": 1}, {"inversion": "stochastic"}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

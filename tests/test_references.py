@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.references import Place, WeightsError, beside, inside, offline, place_of, public
+from models.references import Place, WeightsError, absolute, beside, inside, offline, place_of, public, told_in
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -114,3 +114,26 @@ def test_either_variable_means_offline(monkeypatch: pytest.MonkeyPatch, name: st
     assert not offline()
     monkeypatch.setenv(name, "1")
     assert offline()
+
+
+def test_local_paths_become_absolute_and_nothing_else_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    for text in ("org/name", "./org/name", f"file://{tmp_path}/org/name"):
+        assert absolute(text) == str(tmp_path / "org" / "name")
+    assert absolute("face.pth") == str(tmp_path / "face.pth")
+    assert absolute(f"a/face.pth#sha256={DIGEST}") == f"{tmp_path}/a/face.pth#sha256={DIGEST}"
+    for text in ("other/name", "hf://org/name@v1/a.pt", "s3://bucket/a", f"https://host/a.pt?id=1#sha256={DIGEST}", "/a/b"):
+        assert absolute(text) == text
+
+
+def test_the_sentence_of_missing_weights_is_found_in_the_traceback_of_another_process() -> None:
+    lines = [
+        "Worker group failed:",
+        "\x1b[36mray::f()\x1b[39m (pid=1)",
+        "models.references.MissingError: a.pth does not exist; get it",
+        "more",
+    ]
+    text = "\n".join(lines)
+    assert told_in(text) == "a.pth does not exist; get it"
+    assert told_in("ValueError: WeightsError") is None

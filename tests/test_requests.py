@@ -1,5 +1,6 @@
 """Names that people type: every wrong one gets an answer that helps."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -124,3 +125,43 @@ def test_attributes_are_those_of_the_domains_family():
         attribute_named(DOMAINS["celebahq-256"], "gray_hair")
     with pytest.raises(ConfigError, match="there are no attributes for mine in the table"):
         attribute_named(replace(PIXELFACE, name="mine", family=""), "hat")
+
+
+def test_images_are_walked_to_the_return_step_that_all_their_edit_models_were_tuned_at(tiny_domain, tiny_edit, save_pictures, tmp_path):
+    domain = replace(tiny_domain(), edits=str(tmp_path / "edits"))
+    source = Source(path=str(save_pictures("a.png")))
+    for name, step in (("smiling", 601), ("sad", 601), ("hat", 400)):
+        card = Path(tiny_edit(domain, name).file).with_suffix(".json")
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"recipe": {"return_step": step}}))
+
+    def step_for(names, **given):
+        return recipe_for(source, domain, given, make_edits(domain, names, [], [], [])).return_step
+
+    assert step_for(["none"]) == domain.recipe.return_step == 300
+    assert step_for(["none", "smiling", "sad"]) == 601
+    assert step_for(["smiling", "hat"]) == 300, "they do not agree"
+    assert step_for(["smiling"], return_step=500) == 500
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"projection_step": 300}, "--project-step belongs to --project"),
+        ({"projection_steps": 3}, "--project-steps belongs to --project"),
+        ({"seed": 1}, "--seed is of fresh noise, and this walk has none: leave it out, or give --eta, --project or"),
+        ({"inversion": "stochastic", "steps_up": 3}, "--steps-up does nothing with --inversion stochastic"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(given, says):
+    with pytest.raises(ConfigError, match=says):
+        recipe_for(Source(path=str(PIXELFACE.held_out)), PIXELFACE, given)
+
+
+def test_options_of_fresh_noise_are_taken_where_there_is_some():
+    for noise in ({"projections": 2, "projection_step": 300, "projection_steps": 3}, {"eta": 0.5}, {"inversion": "stochastic"}):
+        assert recipe_for(Source(path=str(PIXELFACE.held_out)), PIXELFACE, noise | {"seed": 1}).seed == 1
+
+
+def test_a_reconstruction_has_no_degree():
+    with pytest.raises(ConfigError, match="a reconstruction has no degree"):
+        make_edits(PIXELFACE, ["none"], [], [0.5], [])

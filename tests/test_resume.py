@@ -22,7 +22,7 @@ from models.recipe import Recipe
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Resources, Run, Source
 from pipeline.manifest import RECORD, read_manifest, write_manifest
-from pipeline.resume import clear, differences, errors_in, file_name, finished, nested, output_problems, request_of
+from pipeline.resume import alone, clear, differences, errors_in, file_name, finished, nested, output_problems, request_of
 from pipeline.sources import find, plan_blocks
 
 # ---- the request -----------------------------------------------------------------------------------------------------
@@ -74,6 +74,25 @@ def test_a_manifest_comes_back_equal_so_that_requests_can_be_compared(tiny_run: 
     asked = request(tiny_run, Edit(ranges=((0, ()),)))
     write_manifest(str(tmp_path), {"request": asked})
     assert read_manifest(str(tmp_path))["request"] == asked
+
+
+def test_another_process_may_not_write_to_the_same_place_at_the_same_time(tmp_path: Path, empty_cache: Path) -> None:
+    code = "import sys; from pipeline.resume import alone\nwith alone([sys.argv[1]]): print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"1\n"
+        (tmp_path / "link").symlink_to(tmp_path / "out")
+        with alone([str(tmp_path / "elsewhere"), "memory://out"]):
+            pass
+        for name in ("out", "link"):
+            with pytest.raises(ConfigError, match="another process is writing to"), alone([str(tmp_path / name)]):
+                pass
+        other.kill()
+        other.wait()
+    with alone([str(tmp_path / "out")]):  # a process that was killed holds nothing
+        pass
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is done ----------------------------------------------------------------------------------------------------

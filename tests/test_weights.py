@@ -14,6 +14,7 @@ from servers import Web, elsewhere, hub_server
 from tiny import save_diffusion
 from torch import nn
 
+from models.domains import DOMAINS
 from models.weights import Card, WeightsError, edit_models_in, file_of, fingerprint, load_card, load_into, save_edit_model
 
 CARD = Card(
@@ -222,13 +223,36 @@ def test_weights_in_float16_or_bfloat16_are_loaded_as_float32(tmp_path: Path) ->
         assert torch.equal(model.state_dict()["0.weight"], network(1).state_dict()["0.weight"].to(dtype).float())
 
 
-def test_the_fingerprint_of_a_folder_is_that_of_its_weights(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_base_model_changes_with_all_that_decides_its_output_and_with_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"has no config\.json"):
         fingerprint(tmp_path)
     folder = save_diffusion(tmp_path / "model", 16)
     before = fingerprint(folder)
-    assert before == fingerprint(folder / "diffusion_pytorch_model.safetensors")
+
+    def changed(file: str, **values: object) -> str:
+        text = (folder / file).read_text()
+        said = json.loads(text)
+        (folder / file).write_text(json.dumps(dict(reversed((said | values).items()))))
+        now = fingerprint(folder)
+        (folder / file).write_text(text)
+        return now
+
     (folder / "README.md").touch()
-    assert fingerprint(folder) == before
+    assert changed("config.json", _diffusers_version="0.1", _name_or_path="somewhere", sample_size=64, dropout=0.1) == before
+    assert changed("scheduler_config.json", _class_name="DDIMScheduler", clip_sample=True, steps_offset=1) == before
+    for file, values in (
+        ("config.json", {"norm_num_groups": 2}),
+        ("config.json", {"flip_sin_to_cos": False}),
+        ("scheduler_config.json", {"beta_end": 0.03}),
+        ("scheduler_config.json", {"num_train_timesteps": 500}),
+        ("scheduler_config.json", {"prediction_type": "v_prediction"}),
+    ):
+        assert changed(file, **values) != before
     save_diffusion(folder, 16, seed=1)
     assert fingerprint(folder) != before
+
+
+def test_the_ready_made_edit_models_are_of_the_base_model_that_is_shipped() -> None:
+    domain = DOMAINS["pixelface"]
+    cards = [load_card(file) for file in edit_models_in(str(domain.edits)).values()]
+    assert {card.domain_fingerprint for card in cards} == {fingerprint(domain.weights)}

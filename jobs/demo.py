@@ -81,7 +81,7 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
     from models.domains import DOMAINS
     from pipeline.config import Resources, Run, Source
     from pipeline.dataset import make_plan
-    from pipeline.training import make_tune_plan
+    from pipeline.tuning import make_tune_plan
 
     domain = DOMAINS["pixelface"]
     resources = Resources(workers=1, cpus=2.0, batch=13, block_rows=13)

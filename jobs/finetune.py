@@ -180,7 +180,7 @@ def refuse_early(models: Path, parallel: int, numbers: dict[str, Any]) -> None:
 def plan_all(runs: list[Any]) -> list[Any]:
     """The plans of all attributes. Raises ConfigError with the problems of all of them, each told once."""
     from pipeline.config import ConfigError
-    from pipeline.training import make_tune_plan
+    from pipeline.tuning import make_tune_plan
 
     plans: list[Any] = []
     problems: list[str] = []

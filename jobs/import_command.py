@@ -191,6 +191,7 @@ def card_of_edit(checkpoint: str, name: str, domain: str, texts: tuple[str | Non
 
     from jobs.requests import domain_named
     from models.attributes import Attribute, attributes_of
+    from models.folders import schedule_length
     from models.references import public
     from models.weights import Card, fingerprint
     from pipeline.config import ConfigError, unknown, versions
@@ -210,7 +211,7 @@ def card_of_edit(checkpoint: str, name: str, domain: str, texts: tuple[str | Non
     if step is None:
         raise ConfigError(f"the file name {file_name} does not tell the return step, as pixar_t601.pth would; give --return-step")
     recipe = replace(base.recipe, return_step=step)
-    if problems := recipe.problems():
+    if problems := recipe.problems(schedule_length(base.weights)):
         raise ConfigError(*problems)
     return Card(
         attribute=name,

@@ -136,9 +136,12 @@ class Request:
         """Everything that is impossible, before any network is loaded."""
         from dataclasses import replace
 
-        found = self.recipe.problems()
+        from models.folders import schedule_length
+
+        timesteps = schedule_length(self.domain.weights)
+        found = self.recipe.problems(timesteps)
         if not found:
-            found += [f"for the loss, {p}" for p in replace(self.recipe, steps_down=max(2, self.tuning.steps_down)).problems()]
+            found += [f"for the loss, {p}" for p in replace(self.recipe, steps_down=max(2, self.tuning.steps_down)).problems(timesteps)]
         found += self.tuning.problems()
         if self.tuning.memory == "stepwise":
             found.append("a latent is optimised through the whole walk: memory is full or checkpoint; got 'stepwise'")
@@ -232,9 +235,6 @@ def carry_out(request: Request) -> None:
     recipe, weights = request.recipe, request.domain.weights
     x0 = read_picture(request.image, request.domain.image_size).to(request.device)
     alpha_bars = load_alpha_bars(weights)
-    problems = recipe.problems(len(alpha_bars))
-    if problems:
-        raise ConfigError(*problems)
     objective = make_objective(request, alpha_bars)
     model = load_base(weights, recipe.precision, recipe.class_label).to(request.device)
 

@@ -26,12 +26,8 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
     else:
         cpus = (os.cpu_count() or 1) + 2
         with _silent(not verbose):
-<<<<<<< HEAD
             # "local": without it, Ray connects to any other Ray that somebody started on this machine.
             ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
-=======
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
->>>>>>> 654b371 (Requests are checked by what weights, cards and configurations say, before anything starts)
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
         for name in ("ray.data", "ray.train", "ray"):

@@ -34,6 +34,7 @@ TESTED_ELSEWHERE = {
     "jobs/rebuild.py": "test_pixelface_training.py",  # hours of training; its parts are tested
     "pipeline/dataset.py": "test_end_to_end.py",  # needs a Ray cluster
     "pipeline/training.py": "test_end_to_end.py",
+    "pipeline/tuning.py": "test_checks.py",  # planned by the same looks
     "pipeline/manifest.py": "test_resume.py",  # read and written there
     "pipeline/scoring.py": "test_stages.py",  # a stage like the others
 }

@@ -25,7 +25,7 @@ from pipeline.codec import encode_png, to_pictures, to_tensor
 from pipeline.config import ConfigError, Edit, Resources, Run, Source, TuneRun
 from pipeline.dataset import make_plan
 from pipeline.stages import Invert
-from pipeline.training import TunePlan, make_tune_plan
+from pipeline.tuning import TunePlan, make_tune_plan
 
 
 @pytest.fixture

@@ -17,7 +17,18 @@ from safetensors.torch import load_file, save_file
 from tiny import CLIP_CONFIG, save_clip
 from torch import Tensor
 
-from models.clip import CONFIG, Clip, Preprocessing, clip_problems, creation_arguments, load_clip, model_and_tag, templates
+from models.clip import (
+    CONFIG,
+    Clip,
+    Preprocessing,
+    absolute_clip,
+    check_clip,
+    clip_problems,
+    creation_arguments,
+    load_clip,
+    model_and_tag,
+    templates,
+)
 from models.references import WeightsError
 
 UNKNOWN = ("smiling", "eyeglasses")
@@ -301,7 +312,10 @@ def in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_of_the_table_gets_its_weights_activation_and_preprocessing(hub_cache: Path, in_the_table: Path) -> None:
+    with pytest.raises(WeightsError, match="offline"):
+        check_clip("tiny-clip/trained")
     put_into_cache(hub_cache, "somebody/tiny-clip", in_the_table)
+    check_clip("tiny-clip/trained")
     clip = load_clip("tiny-clip/trained")
     assert type(clip.model.transformer.resblocks[0].mlp.gelu) is open_clip.transformer.QuickGELU
     assert type(clip.model.visual.transformer.resblocks[0].mlp.gelu) is open_clip.transformer.QuickGELU
@@ -336,9 +350,19 @@ def test_a_folder_of_a_bucket_is_a_clip_like_a_local_one(tmp_path: Path, monkeyp
     bucket.put(str(folder), "/bucket/clip", recursive=True)
     pictures, clip = images(20, 20), load_clip("memory://bucket/clip")
     torch.testing.assert_close(clip.image_features(pictures), load_clip(folder).image_features(pictures), rtol=0, atol=0)
+    check_clip("memory://bucket/clip/")
     bucket.rm("/bucket/clip/open_clip_config.json")
-    with pytest.raises(WeightsError, match=r"needs open_clip_config\.json"):
-        load_clip("memory://bucket/clip/")
+    for look in (load_clip, check_clip):
+        with pytest.raises(WeightsError, match=r"needs open_clip_config\.json"):
+            look("memory://bucket/clip/")
+
+
+def test_a_local_clip_gets_its_absolute_path_and_a_name_stays_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_clip(tmp_path / "mine")
+    assert absolute_clip("mine") == absolute_clip("./mine") == str(tmp_path / "mine")
+    for name in ("ViT-B-16/openai", "ViT-B/16", "RN50", "hf://org/name", "hf-hub:org/name", "s3://bucket/clip"):
+        assert absolute_clip(name) == name
 
 
 # ---- real size -------------------------------------------------------------------------------------------------------

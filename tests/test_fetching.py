@@ -9,8 +9,9 @@ from pathlib import Path
 import fsspec
 import pytest
 from servers import Web, elsewhere, ended, start_elsewhere
+from tiny import refusal
 
-from models.fetching import cache_folder, digest, file_of, first_in, names_in
+from models.fetching import cache_folder, check_file, digest, file_of, first_in, names_in
 from models.references import MissingError, NotCachedError, UnreachableError, WeightsError
 
 FETCH = "from models.fetching import file_of\nprint(file_of('{}').read_text())"
@@ -78,6 +79,14 @@ def test_a_pinned_file_in_the_cache_is_used_without_asking_anybody(web: Web, emp
     web.asked.clear()
     assert elsewhere(FETCH.format(url)) == "pinned"
     assert web.asked == []
+
+
+def test_whether_a_file_can_be_had_is_known_without_fetching_it(web: Web, empty_cache: Path) -> None:
+    (web.folder / "a.bin").write_text("large")
+    check_file(f"{web.url}/a.bin")
+    assert "GET /a.bin" not in web.asked
+    for name, says in (("none.bin", "does not exist"), ("denied/a.bin", "may not be read"), ("broken/a.bin", "cannot be reached")):
+        assert says in refusal(lambda name=name: check_file(f"{web.url}/{name}"))  # type: ignore[misc]
 
 
 def test_offline_only_the_cache_is_used(web: Web, empty_cache: Path) -> None:

@@ -188,7 +188,7 @@ def write_aligned(
     import pyarrow as pa
 
     from pipeline import schema
-    from pipeline.dataset import split_blocks, write_file
+    from pipeline.worker import split_blocks, write_file
 
     written = []
     for block in split_blocks(table):

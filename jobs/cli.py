@@ -68,12 +68,13 @@ def _status(error: Exception) -> int | None:
     from jobs.running import TooManyRejectsError
     from models.weights import WeightsError
     from pipeline.config import ConfigError
+    from pipeline.faults import JobError
 
     if isinstance(error, ConfigError | WeightsError):
         return 2
     if isinstance(error, TooManyRejectsError):
         return 3
-    return 1 if isinstance(error, TrainingFailedError) else None
+    return 1 if isinstance(error, TrainingFailedError | JobError) else None
 
 
 def _from_a_worker(error: BaseException | None) -> BaseException | None:

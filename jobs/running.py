@@ -14,11 +14,13 @@ class TooManyRejectsError(RuntimeError):
 
 
 def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None:
-    """Plans (before Ray starts), runs, reports. Raises ConfigError, AuditError or TooManyRejectsError."""
+    """Plans (before Ray starts), runs, reports. Raises ConfigError, JobError or TooManyRejectsError."""
     from jobs.session import ray_session, refuse_too_much
     from pipeline.dataset import make_plan
+    from pipeline.faults import explained
 
-    plan = make_plan(run)
+    with explained(f"{run.source.path} or {run.output} cannot be used"):
+        plan = make_plan(run)
     with ray_session(address, verbose):
         refuse_too_much(address, run.resources.gpus, run.resources.cpus)
         run_plan(plan, name)
@@ -41,6 +43,8 @@ def run_plan(plan: "Plan", name: str) -> "Report":
             f"{output.model_calls} model calls an image"
         )
     console.print(f"{name} took {report.seconds:.1f} s")
+    if report.batch < plan.run.resources.batch:
+        console.print(f"memory ran out: some model calls had {report.batch} images instead of --batch {plan.run.resources.batch}")
     for reason, count in report.reasons.most_common(5):
         console.print(f"  {count} x {reason}", markup=False)
     share = report.rejected / max(1, report.rows)

@@ -30,8 +30,9 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
             ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
-        for name in ("ray.data", "ray.train", "ray"):
+        for name in ("ray.train", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is not mended is raised; what is, it prints with tracebacks
     try:
         yield
     finally:

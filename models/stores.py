@@ -4,6 +4,7 @@ Credentials and endpoints are those of the environment, as each protocol's own c
 """
 
 import errno
+import os
 import posixpath
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import fsspec
+
 from models.references import MissingError, UnreachableError, WeightsError, public
 
 _IDENTITY = ("size", "ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "md5Hash", "generation", "mtime")
 """What stores say of a file and would not say of another."""
+
+
+def be_patient() -> None:
+    """S3 may be busy or out of reach for a minute or two: botocore tries again, waiting longer each time, unless AWS_MAX_ATTEMPTS or
+    AWS_RETRY_MODE say otherwise; s3fs tries what still fails four times more. For every S3 file system of this process."""
+    if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+        settings = fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", {})
+        settings.setdefault("retries", {"mode": "standard", "total_max_attempts": 8})
+
+
+be_patient()
 
 
 def identity(url: str) -> dict[str, str]:

@@ -1,18 +1,22 @@
 """Ray Data: blocks of rows through a pool of actors into Parquet files, every input row accounted for."""
 
+import re
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from fsspec.core import url_to_fs
+from ray.data import DataContext
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayActorError
 
 from models.pixelface.avatars import FACTORS
 from models.references import public
@@ -20,32 +24,23 @@ from models.weights import fingerprint
 from pipeline import schema
 from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems
 from pipeline.config import ConfigError, Edit, Run, Source, versions
-from pipeline.manifest import RUNNING, write_in_one_stroke, write_manifest
+from pipeline.faults import AGAIN, JobError, explained, from_bytes
+from pipeline.isolation import Attempts, finish, last_line
+from pipeline.manifest import RUNNING, write_manifest
 from pipeline.resume import Done, clear, file_name, finished, nested, output_problems, request_of
 from pipeline.sources import Block, Input, absolute, check_ids, find, plan_blocks, read_block
+from pipeline.worker import Output, Worker, read_packed
 
-if TYPE_CHECKING:
-    from pipeline.stages import Stage
+DEATHS = 3
+"""So often a block may end its worker process, or lose its node, before it is looked at alone."""
+LOST_SHARE, LOST_ALWAYS = 0.05, 10
+"""Of all blocks, and at least: so many may do so; more are no matter of single rows."""
+PATIENCE = 6 * 3600.0
+"""Seconds without any finished block after which a run is given up: a block on a CPU, or waiting for a node, may take hours."""
 
-ROW_GROUP = 100
-"""Rows of a row group: what the Hub viewer allows for images."""
 
-
-class AuditError(RuntimeError):
+class AuditError(JobError):
     """The ids of the output are not those of the input: the run must not be trusted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """One dataset that a run writes: latents, or one edit."""
-
-    folder: str
-    edit: Edit | None
-    columns: pa.Schema
-    request: dict[str, Any]
-    """Everything that decides its rows, as ``pipeline.resume`` compares it."""
-    model_calls: int
-    """Network evaluations an image, without the way up that all edits of a run share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +76,22 @@ class Report:
     resumed: int = 0
     """Rows among the done ones that an earlier run had finished."""
     reasons: Counter[str] = field(default_factory=Counter)
+    batch: int = 0
+    """Images in a model call: as asked for, or the fewest to which a worker had to go down."""
     seconds: float = 0.0
 
     @property
     def rejected(self) -> int:
         return self.reasons.total()
+
+    def add(self, receipt: pa.Table) -> None:
+        """A receipt of one or several blocks. Raises the failure that one brings."""
+        for block in receipt.to_pylist():
+            if block["failure"] is not None:
+                raise from_bytes(block["failure"])
+            self.done += block["rows"]
+            self.reasons.update(block["errors"])
+            self.batch = min(self.batch, block["batch"])
 
 
 # ---- before anything starts ------------------------------------------------------------------------------------------
@@ -188,140 +194,142 @@ def _output_problems(run: Run) -> list[str]:
     return []
 
 
-# ---- on the workers --------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """One actor of a run: blocks of rows in, a Parquet file for each output and a receipt out."""
-
-    def __init__(self, run: Run, outputs: tuple[Output, ...], has_latents: bool):
-        import torch  # the driver, which only hands this class on, never needs the networks
-
-        from pipeline.stages import Invert
-
-        torch.set_num_threads(max(1, round(run.resources.cpus)))
-        self.invert = None if has_latents else Invert(run.domain, run.recipe, run.resources)
-        self.chains = [(output, edit_stages(run, output.edit)) for output in outputs]
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        receipts = [self._finish(unpack(cell)) for cell in table["block"]]
-        errors = pa.array([errors for _, errors in receipts], pa.list_(pa.string()))
-        return pa.table({"rows": pa.array([rows for rows, _ in receipts]), "errors": errors})
-
-    def _finish(self, table: pa.Table) -> tuple[int, list[str]]:
-        name = file_name(table[schema.ROW][0].as_py())
-        table = table.drop_columns([schema.ROW, schema.BLOCK])
-        latents = self.invert(table) if self.invert else table
-        errors: list[str] = []
-        for output, stages in self.chains:
-            done = latents
-            for stage in stages:
-                done = stage(done)
-            done = done.select(output.columns.names).cast(output.columns)
-            write_file(output.folder, name, done)
-            errors = [error for error in done["error"].to_pylist() if error is not None]
-        return len(table), errors
-
-
-def edit_stages(run: Run, edit: Edit | None) -> "list[Stage]":
-    """What turns latents into one edit's rows; nothing for the latents themselves."""
-    if edit is None:
-        return []
-    from pipeline.scoring import Score
-    from pipeline.stages import Apply
-
-    return [Apply(run.domain, run.recipe, edit, run.resources), Score(run.domain, edit, run.resources, run.clip, run.identity)]
-
-
-def split_blocks(table: pa.Table) -> Iterator[pa.Table]:
-    """One table a block: a pool may hand several blocks to an actor at once, but each has a file of its own."""
-    for start in pc.unique(table[schema.BLOCK]).to_pylist():
-        yield table.filter(pc.equal(table[schema.BLOCK], start))
-
-
-def write_file(folder: str, name: str, table: pa.Table) -> None:
-    """Writes one Parquet file under its final name in one stroke: readers never see half of it, a retry replaces it."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=ROW_GROUP, write_page_index=True)
-    write_in_one_stroke(folder, name, sink.getvalue().to_pybytes())
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def pack(table: pa.Table) -> pa.Table:
-    """A block as a single row, so that Ray, which counts batches in rows, can neither cut it nor join it to another."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    data = sink.getvalue()
-    ends = pa.py_buffer(np.array([0, data.size], np.int64))
-    return pa.table({"block": pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])})
-
-
-def unpack(cell: pa.LargeBinaryScalar) -> pa.Table:
-    """The block that ``pack`` made a cell of; nothing is copied."""
-    return pa.ipc.open_stream(cell.as_buffer()).read_all()
-
-
-def block_dataset(found: Input, blocks: list[Block], cpus: float = 0.5, packed: bool = False) -> ray.data.Dataset:
-    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by tasks of ``cpus`` each; ``packed``, one row each.
+def block_dataset(found: Input, blocks: list[Block], cpus: float = 0.5) -> ray.data.Dataset:
+    """A Ray dataset with the rows of ``blocks``, one Ray block each, read by tasks of ``cpus`` each.
 
     Ray fuses tasks that need exactly what the following actors need into these actors; others read ahead of them.
     """
 
     def read(batch: pa.Table) -> pa.Table:
-        table = read_block(found, blocks[batch["block"][0].as_py()])
-        return pack(table) if packed else table
+        return read_block(found, blocks[batch["block"][0].as_py()])
 
-    numbers = ray.data.from_arrow([pa.table({"block": [i]}) for i in range(len(blocks))])
-    return numbers.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
+    return _numbers(blocks).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=cpus)
+
+
+def _numbers(blocks: list[Block]) -> ray.data.Dataset:
+    return ray.data.from_arrow([pa.table({"block": [i]}) for i in range(len(blocks))])
 
 
 def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: None) -> Report:
-    """Runs what is left of a plan on the Ray cluster that is connected. Raises AuditError if the output's ids are not the
-    input's."""
+    """Runs what is left of a plan on the Ray cluster that is connected. Raises JobError if it cannot go on, AuditError if the
+    output's ids are not the input's."""
     started, done = time.monotonic(), plan.done
-    report = Report(rows=plan.found.rows, done=done.rows, resumed=done.rows, reasons=Counter(done.reasons))
+    report = Report(rows=plan.found.rows, done=done.rows, resumed=done.rows, reasons=Counter(done.reasons), batch=plan.run.resources.batch)
     kept = {file_name(start) for start in done.starts}
     for output in plan.pending:
-        clear(output.folder, kept.__contains__)
-        write_manifest(output.folder, _manifest(plan, output, report, RUNNING))
+        with explained(f"{output.folder} cannot be written"):
+            clear(output.folder, kept.__contains__)
+            write_manifest(output.folder, _manifest(plan, output, report, RUNNING))
     on_progress(report)
     left = [block for block in plan.blocks if block.start not in done.starts]
-    for receipt in _receipts(plan, left):
-        report.done += sum(receipt["rows"].to_pylist())
-        for errors in receipt["errors"].to_pylist():
-            report.reasons.update(errors)
-        report.seconds = time.monotonic() - started
-        on_progress(report)
+    with closing(_receipts(plan, left)) as receipts:
+        for receipt in receipts:
+            report.add(receipt)
+            report.seconds = time.monotonic() - started
+            on_progress(report)
     for output in plan.outputs:
         audit(plan.input_ids, output.folder)
     for output in plan.pending:
-        write_manifest(output.folder, _manifest(plan, output, report, "finished"))
+        with explained(f"{output.folder} cannot be written"):
+            write_manifest(output.folder, _manifest(plan, output, report, "finished"))
     return report
 
 
-def _receipts(plan: Plan, blocks: list[Block]) -> Iterator[pa.Table]:
-    """Computes and writes blocks; yields how many rows each had, and the reasons of its rejects."""
-    run = plan.run
+def _receipts(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
+    """Computes and writes blocks; yields what became of them: first all through a pool of workers, then, alone, those whose process
+    died each time."""
     if not blocks:
         return
+    left = {block.start: block for block in blocks}
+    with closing(_pass(plan, blocks)) as receipts:
+        for receipt in receipts:
+            for start in receipt["start"].to_pylist():
+                left.pop(start, None)
+            yield receipt
+    if not left:
+        return
+    attempts = Attempts(plan.run.resources, Worker, (plan.run, plan.pending, plan.found.has_latents), plan.found)
+    try:
+        for block in left.values():
+            yield finish(attempts, block)
+    finally:
+        attempts.end()
+
+
+def _pass(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
+    """The receipts of blocks as a pool of workers finishes them. A block that died ``DEATHS`` times has none."""
+    run = plan.run
     on_gpu = run.resources.gpus > 0
-    # Beside GPUs, tasks of their own read ahead. Without, reading costs next to nothing and is fused into the actors.
-    rows = block_dataset(plan.found, blocks, 0.5 if on_gpu else run.resources.cpus, packed=True)
-    receipts = rows.map_batches(
-        Worker,
-        fn_constructor_args=(run, plan.pending, plan.found.has_latents),
-        compute=_pool(min(run.resources.workers, len(blocks))),
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=run.resources.cpus,
-        num_gpus=run.resources.gpus or None,
-    )
-    for receipt in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(receipt, pa.Table)
-        yield receipt
+    most = max(LOST_ALWAYS, int(LOST_SHARE * len(blocks)))
+    with (
+        warnings.catch_warnings(),
+        _settings(max_errored_blocks=most, actor_init_retry_on_errors=True, execution_no_progress_timeout_s=PATIENCE),
+    ):
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # Ray has no other place for max_task_retries yet
+        rows, kind = _read_ahead(plan.found, blocks) if on_gpu else (_numbers(blocks), _reading(Worker, plan.found, blocks))
+        receipts = rows.map_batches(
+            kind,
+            fn_constructor_args=(run, plan.pending, plan.found.has_latents),
+            compute=_pool(min(run.resources.workers, len(blocks))),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=run.resources.cpus,
+            num_gpus=run.resources.gpus or None,
+            max_task_retries=DEATHS - 1,  # Ray's own default is for ever
+        )
+    try:
+        yield from receipts.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayActorError as error:
+        if told := re.search(r"models\.references\.\w+Error: (.+)", str(error)):  # of a constructor: Ray keeps no more than the text
+            raise JobError(f"{told[1]}; every node must be able to get the weights: mend that, {AGAIN}") from error
+        if error.actor_init_failed:
+            raise
+        raise JobError(
+            f"more than {most} blocks of rows ended their worker process, which is no matter of single rows ({last_line(error)}); "
+            f"look at the memory and the drivers of the nodes, {AGAIN}"
+        ) from error
+    except ExecutionTimeoutError as error:
+        raise JobError(
+            f"no block of rows was finished for {PATIENCE / 3600:g} hours; see that there are nodes with --gpus {run.resources.gpus:g} "
+            f"and --cpus {run.resources.cpus:g} for a worker, {AGAIN}"
+        ) from error
+
+
+def _read_ahead(found: Input, blocks: list[Block]) -> tuple[ray.data.Dataset, type[Worker]]:
+    """Packed blocks, read beside the GPUs by tasks of their own, for workers."""
+
+    def read(batch: pa.Table) -> pa.Table:
+        return read_packed(found, blocks[batch["block"][0].as_py()])
+
+    return _numbers(blocks).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.5, max_retries=DEATHS - 1), Worker
+
+
+def _reading(kind: type[Worker], found: Input, blocks: list[Block]) -> type[Worker]:
+    """Workers that read their blocks themselves: it costs next to nothing beside a CPU's arithmetic, and there may be no CPU left for
+    tasks. (Ray would fuse tasks into actors, but not into those whose retries are limited.)"""
+
+    class Reading(kind):  # type: ignore[valid-type, misc]
+        def __call__(self, table: pa.Table) -> pa.Table:
+            return super().__call__(read_packed(found, blocks[table["block"][0].as_py()]))
+
+    return Reading
+
+
+@contextmanager
+def _settings(**wanted: Any) -> Iterator[None]:
+    """Settings of Ray Data for the datasets that are made meanwhile."""
+    context = DataContext.get_current()
+    before = {name: getattr(context, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(context, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _pool(most: int) -> ray.data.ActorPoolStrategy:
@@ -333,9 +341,9 @@ def audit(input_ids: np.ndarray, folder: str) -> None:
     """The hard gate: every input id (sorted hashes) stands in the output exactly once. Raises AuditError otherwise."""
     try:
         out = find(Source(path=folder))
-    except ConfigError as error:  # such as files of another run, which wrote there meanwhile
-        raise AuditError(f"{error}; run again with --overwrite") from None
-    written = check_ids(out, plan_blocks(out, 10_000))
+        written = check_ids(out, plan_blocks(out, 10_000))
+    except ConfigError as error:  # as it would be told of an input
+        raise AuditError(f"the output cannot be checked: {error}; give the same command again, or --overwrite") from None
     if not np.array_equal(written, input_ids):
         lost, foreign = len(np.setdiff1d(input_ids, written)), len(np.setdiff1d(written, input_ids))
         raise AuditError(f"{folder}: {lost} input ids are missing and {foreign} ids are not of the input; run again with --overwrite")
@@ -361,6 +369,7 @@ def _manifest(plan: Plan, output: Output, report: Report, state: str) -> dict[st
         "resumed_rows": report.resumed,
         "rejected": report.rejected,
         "reasons": dict(report.reasons.most_common(20)),
+        "batch": report.batch,
         "model_calls_per_image": output.model_calls,
         "seconds": round(report.seconds, 2),
         "versions": versions(),

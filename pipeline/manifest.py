@@ -38,7 +38,11 @@ def write_in_one_stroke(folder: str, name: str, data: bytes) -> None:
     fs, root = url_to_fs(folder)
     if "file" in fs.protocol:
         part = f"{root}/.{name}.{uuid4().hex}.tmp"  # two attempts at one block must not share it
-        fs.pipe_file(part, data)
-        fs.mv(part, f"{root}/{name}")
+        try:
+            fs.pipe_file(part, data)
+            fs.mv(part, f"{root}/{name}")
+        except OSError:
+            fs.rm_file(part) if fs.exists(part) else None  # half a file would only fill a full disk
+            raise
     else:  # object stores show a file when it is complete
         fs.pipe_file(f"{root}/{name}", data)

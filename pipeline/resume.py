@@ -185,7 +185,7 @@ def errors_in(fs: AbstractFileSystem, file: str, rows: int) -> list[str] | None:
     except (pa.ArrowException, KeyError, UnicodeDecodeError):
         return None
     except OSError as error:  # as damaged pages are told; those of a store have a number
-        if error.errno is not None:
+        if error.errno is not None or isinstance(error, PermissionError):  # those of S3 have no number
             raise
         return None
     return [error for error in errors if error is not None]

@@ -1,5 +1,6 @@
 """Scores of each row's edit. Apart from the other stages, because CLIP and the metrics take seconds to import."""
 
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from models.identity import load_identity
 from models.metrics import directional_score, mean_absolute_error, structural_similarity
 from models.pixelface.judge import load_judge
 from pipeline import codec, schema
+from pipeline.batches import Batches
 from pipeline.config import Edit, Resources
 
 
@@ -22,7 +24,7 @@ class Score:
     """
 
     def __init__(self, domain: Domain, edit: Edit, resources: Resources, clip: str | None = None, identity: str | None = None):
-        self.domain, self.resources = domain, resources
+        self.domain, self.resources, self.batches = domain, resources, Batches(resources)
         self.clip = load_clip(clip).to(resources.device) if clip and edit.parts else None
         self.direction = mix_direction(self.clip, edit) if self.clip else None
         self.identity = load_identity(identity).to(resources.device) if identity else None
@@ -36,11 +38,13 @@ class Score:
         good = [row for row, error in enumerate(errors) if error is None]
         edited, _ = codec.decode_column(table["edited"], size, schema.MAX_PIXELS)
         rows: list[dict[str, Any]] = [{} for _ in errors]
-        for start in range(0, len(good), self.resources.batch):
-            part = good[start : start + self.resources.batch]
-            scores = self._scores(*(codec.to_tensor([p for row in part if (p := column[row]) is not None]) for column in (sources, edited)))
-            for row, values in zip(part, scores, strict=True):
-                rows[row] = values
+
+        def scores(start: int, stop: int) -> list[dict[str, Any]]:
+            part = good[start:stop]
+            return self._scores(*(codec.to_tensor([p for row in part if (p := column[row]) is not None]) for column in (sources, edited)))
+
+        for row, values in zip(good, chain.from_iterable(self.batches.each(len(good), scores)), strict=True):
+            rows[row] = values
         for column in schema.scores_schema(self.factors, self.identity is not None):
             table = table.append_column(column, pa.array([row.get(column.name) for row in rows], column.type))
         return table.drop_columns(["error"]).append_column("error", pa.array(errors, pa.string()))

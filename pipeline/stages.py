@@ -19,23 +19,10 @@ from models.domains import Domain
 from models.recipe import Recipe
 from models.unet import NoiseUNet, load_alpha_bars, load_base, load_edit_model
 from pipeline import codec, schema
+from pipeline.batches import Batches
 from pipeline.config import Edit, Resources
 
 Stage = Callable[[pa.Table], pa.Table]
-
-
-def in_batches(images: Tensor, ids: Sequence[str], resources: Resources, work: Callable[[Tensor, Sequence[str]], Tensor]) -> Tensor:
-    """``work`` on batches of exactly ``resources.batch`` images with their ids, on the device; the last is filled up.
-
-    One shape for all batches means one arithmetic: an image's pixels do not depend on how many rows came with it.
-    """
-    done, size = [], resources.batch
-    for start in range(0, len(images), size):
-        part, names = images[start : start + size], list(ids[start : start + size])
-        missing = size - len(part)
-        full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
-        done.append(work(full.to(resources.device), names + names[-1:] * missing)[: len(part)].cpu())
-    return torch.cat(done)
 
 
 def row_noise(ids: Sequence[str], like: Tensor, seed: int, purpose: str) -> Draw:
@@ -65,7 +52,7 @@ class Invert:
     Adds ``latent`` and ``error``."""
 
     def __init__(self, domain: Domain, recipe: Recipe, resources: Resources):
-        self.domain, self.recipe, self.resources = domain, recipe, resources
+        self.domain, self.recipe, self.resources, self.batches = domain, recipe, resources, Batches(resources)
         self.model = load_base(domain.weights, recipe.precision, recipe.class_label).to(resources.device)
         self.alpha_bars = load_alpha_bars(domain.weights)
         self.path = recipe.up(self.alpha_bars)
@@ -77,7 +64,7 @@ class Invert:
         latents: list[np.ndarray | None] = [None] * len(errors)
         if good:
             names = table["id"].take(pa.array(good)).to_pylist()
-            up = in_batches(codec.to_tensor([p for p in pictures if p is not None]), names, self.resources, self._walk)
+            up = self.batches.walk(codec.to_tensor([p for p in pictures if p is not None]), names, self._walk)
             finite(up, self.recipe)
             for row, latent in zip(good, up.numpy(), strict=True):
                 latents[row] = latent
@@ -111,7 +98,7 @@ class Apply:
     """latent -> edited: the walk down with the mix of base and edit models. Adds ``edited``, ``attribute``, ``degree``."""
 
     def __init__(self, domain: Domain, recipe: Recipe, edit: Edit, resources: Resources):
-        self.domain, self.recipe, self.edit, self.resources = domain, recipe, edit, resources
+        self.domain, self.recipe, self.edit, self.resources, self.batches = domain, recipe, edit, resources, Batches(resources)
         self.alpha_bars = load_alpha_bars(domain.weights)
         self.path = recipe.down(self.alpha_bars)
         self.model = self._mix()
@@ -133,7 +120,7 @@ class Apply:
         if good:
             latents = codec.latents_from_arrow(table["latent"].take(pa.array(good)), size)
             names = table["id"].take(pa.array(good)).to_pylist()
-            down = finite(in_batches(latents, names, self.resources, self._walk), self.recipe)
+            down = finite(self.batches.walk(latents, names, self._walk), self.recipe)
             for row, picture in zip(good, codec.to_pictures(down), strict=True):
                 edited[row] = {"bytes": codec.encode_png(picture), "path": None}
         count = len(errors)

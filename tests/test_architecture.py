@@ -15,13 +15,14 @@ FORBIDDEN = {
     "pipeline": {"typer", "rich", "jinja2"},
     "jobs": set[str](),
 }
-RAY_IN_PIPELINE = {"pipeline/dataset.py", "pipeline/training.py"}
+RAY_IN_PIPELINE = {"pipeline/dataset.py", "pipeline/isolation.py", "pipeline/training.py"}
 OTHER_TESTS = {
     "test_architecture.py",
     "test_cluster_yaml.py",
     "test_dockerfile.py",
     "test_documents.py",
     "test_end_to_end.py",
+    "test_lost_nodes.py",
     "test_rayjob.py",
     "test_real_size.py",
 }
@@ -35,6 +36,7 @@ TESTED_ELSEWHERE = {
     "pipeline/dataset.py": "test_end_to_end.py",  # needs a Ray cluster
     "pipeline/training.py": "test_end_to_end.py",
     "pipeline/tuning.py": "test_checks.py",  # planned by the same looks
+    "pipeline/isolation.py": "test_faults.py",  # with real processes that die
     "pipeline/manifest.py": "test_resume.py",  # read and written there
     "pipeline/scoring.py": "test_stages.py",  # a stage like the others
 }

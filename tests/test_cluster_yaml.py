@@ -208,9 +208,10 @@ def test_a_run_on_s3_needs_no_more_than_the_permissions_for_data(
     from aiobotocore.client import AioBaseClient
 
     from pipeline.config import Run, Source
-    from pipeline.dataset import audit, make_plan, write_file
+    from pipeline.dataset import audit, make_plan
     from pipeline.schema import latents_schema
     from pipeline.sources import read_block
+    from pipeline.worker import write_file
 
     store, domain = fsspec.filesystem("s3"), tiny_domain()
     store.put(str(save_pictures("a.png", "b.png")), f"{s3}/iam/in", recursive=True)

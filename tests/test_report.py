@@ -19,7 +19,7 @@ from PIL import Image
 
 from jobs import report
 from jobs.report import make_page
-from pipeline import dataset, schema
+from pipeline import schema, worker
 from pipeline.codec import encode_png
 from pipeline.config import ConfigError
 from pipeline.manifest import RECORD
@@ -49,7 +49,7 @@ def write_edit(run: Path, parts: Sequence[str], degree: float = 1.0, rows: int =
     columns = schema.edits_schema(pa.schema([]), (), about)
     folder = run / (attribute[:40] if degree == 1 else f"{attribute}_x{degree:g}")
     folder.mkdir(parents=True)
-    dataset.write_file(str(folder), "part-000000000000.parquet", pa.Table.from_pylist(table, columns))
+    worker.write_file(str(folder), "part-000000000000.parquet", pa.Table.from_pylist(table, columns))
     edit = [{"name": p, "weight": 1.0, "file": f"{p}.safetensors", "source": "face", "target": f"face with {p}"} for p in parts]
     record = {"command": "diffusionclip edit faces --attribute glasses", "input": "faces", "domain": "pixelface", "edit": edit}
     record |= {"recipe": {"return_step": 400}, "versions": {"torch": "2"}, "model_calls_per_image": 20, "seconds": 7.25}
@@ -192,7 +192,7 @@ def test_a_dataset_without_rows_is_refused_with_one_sentence(tmp_path: Path) -> 
     folder = tmp_path / "empty"
     folder.mkdir()
     columns = schema.edits_schema(pa.schema([]), (), {"domain": "pixelface", "edit": [], "degree": 1.0})
-    dataset.write_file(str(folder), "part-000000000000.parquet", columns.empty_table())
+    worker.write_file(str(folder), "part-000000000000.parquet", columns.empty_table())
     with pytest.raises(ConfigError, match="has no rows"):
         make_page([str(folder)], tmp_path / "page.html")
 

@@ -27,7 +27,7 @@ from pipeline import codec, schema
 from pipeline.codec import decode_column
 from pipeline.config import Edit, Resources
 from pipeline.scoring import Score, mix_direction
-from pipeline.stages import Apply, Invert, in_batches, row_noise
+from pipeline.stages import Apply, Invert, row_noise
 
 RESOURCES = Resources(batch=4)
 BAD = b"no picture at all"
@@ -165,18 +165,6 @@ def test_rows_of_a_slice_of_a_table_are_those_rows(domain: Domain, invert: Inver
     whole, part = apply(domain, edit, latents), apply(domain, edit, latents.slice(2, 3))
     assert equal(pixels(part), pixels(whole)[2:5])
     assert part["id"].to_pylist() == ["row 2", "row 3", "row 4"]
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
-def test_batches_have_one_shape_and_lose_and_add_no_image(count: int) -> None:
-    x, names = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), [str(i) for i in range(count)]
-
-    def work(batch: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
-        assert batch.shape == (4, 3, 2, 2)
-        assert [int(name) for name in ids] == batch[:, 0, 0, 0].int().tolist(), "ids keep to their images"
-        return batch + 1
-
-    assert torch.equal(in_batches(x, names, RESOURCES, work), x + 1)
 
 
 # ---- latents and edits are the walk's --------------------------------------------------------------------------------

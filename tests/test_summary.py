@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import dataset, schema, summary
+from pipeline import schema, summary, worker
 from pipeline.config import ConfigError
 from pipeline.manifest import RECORD
 from pipeline.summary import edit_folders, locate, open_edits, rows_at, spread, summarise, wanted_values
@@ -31,7 +31,7 @@ def write_edits(
     table = pa.Table.from_pylist([{"id": f"row-{i}", **named, **row} for i, row in enumerate(rows)], columns)
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, max(1, len(rows)), per_file):
-        dataset.write_file(str(folder), f"part-{start:012d}.parquet", table.slice(start, per_file))
+        worker.write_file(str(folder), f"part-{start:012d}.parquet", table.slice(start, per_file))
     return folder
 
 

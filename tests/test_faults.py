@@ -1,0 +1,221 @@
+"""What would be lost: rows, or the right pixels, when processes, nodes, disks and stores fail. On real Ray processes."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import faulty
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TinyDomain
+from faulty_s3 import FaultyS3, faulty_s3
+
+from models.domains import Domain
+from pipeline import dataset, isolation, schema
+from pipeline.config import Resources, Run, Source
+from pipeline.faults import JobError, explained, from_bytes, to_bytes
+from pipeline.manifest import read_manifest, write_in_one_stroke
+from pipeline.worker import Worker, read
+
+# ---- without Ray -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [[], [0], [63], [5, 6], [0, 21, 42, 63]])
+def test_the_rows_that_kill_a_process_are_found_among_64_with_few_deaths(bad: list[int]) -> None:
+    deaths = []
+
+    def survives(rows: Sequence[int]) -> bool:
+        if dies := bool(set(rows) & set(bad)):
+            deaths.append(rows)
+        return not dies
+
+    assert isolation.fatal_rows(range(64), survives) == bad
+    assert len(deaths) <= len(bad) * (6 + isolation.ALONE)
+
+
+def test_a_row_is_not_blamed_for_a_death_that_does_not_happen_again() -> None:
+    dies = iter([True] * 3)
+    assert isolation.fatal_rows(range(8), lambda rows: not next(dies, False)) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "x cannot be written (No space left on device); make room, then give"),
+        (OSError(errno.EROFS, "Read-only file system"), "see to the permissions, or renew the credentials"),
+        (PermissionError("The provided token has expired."), "(The provided token has expired.); see to the permissions, or renew"),
+        (pa.ArrowInvalid("Couldn't deserialize thrift\nmore"), "(Couldn't deserialize thrift); see that the file is whole"),
+    ],
+)
+def test_what_storage_refuses_is_said_in_one_line_with_what_to_do(error: Exception, says: str) -> None:
+    with pytest.raises(JobError) as caught, explained("x cannot be written"):
+        raise error
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_faults_of_the_program_keep_their_class_and_their_traceback_on_the_way_to_the_driver() -> None:
+    class OddError(Exception):
+        def __init__(self, a: int, b: int):
+            super().__init__(f"{a} and {b}")
+
+    with pytest.raises(ZeroDivisionError), explained("x"):
+        raise ZeroDivisionError
+    try:
+        raise KeyError("here")
+    except KeyError as error:
+        back = from_bytes(to_bytes(error))
+    assert isinstance(back, KeyError)
+    assert "test_faults.py" in back.__notes__[0]
+    assert str(from_bytes(to_bytes(OddError(1, 2)))) == "OddError: 1 and 2"
+
+
+def test_a_full_disk_is_not_filled_further_by_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(fsspec.get_filesystem_class("file")):  # type: ignore[misc]
+        def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+            Path(path).write_bytes(value[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    fsspec.register_implementation("file", Full, clobber=True)
+    try:
+        with pytest.raises(OSError, match="No space"):
+            write_in_one_stroke(str(tmp_path), "part.parquet", b"whole")
+    finally:
+        fsspec.register_implementation("file", Full.__base__, clobber=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- with Ray --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(s3: str) -> Iterator[FaultyS3]:
+    """The S3 of this module, for the processes of its cluster too: a proxy that a test can make fail."""
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield proxy
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(store: FaultyS3) -> Iterator[None]:
+    with faulty.cluster(0):
+        yield
+
+
+@pytest.fixture(scope="module")
+def domain(tiny_domain: TinyDomain) -> Domain:
+    return tiny_domain()
+
+
+Make = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(domain: Domain, save_pictures: Callable[..., Path], tmp_path: Path) -> Make:
+    """``make_run(rows, **changes)``: latents of pictures, three rows a block, on two workers."""
+
+    def made(rows: int, **changes: Any) -> Run:
+        pictures = save_pictures(*(f"{i:03}.png" for i in range(rows)))
+        resources = Resources(workers=2, cpus=0.5, batch=4, block_rows=3)
+        run = Run(source=Source(path=str(pictures)), output=str(tmp_path / "out"), domain=domain, recipe=domain.recipe, resources=resources)
+        return replace(run, **changes)
+
+    return made
+
+
+def calm(run: Run) -> dict[str, Any]:
+    """What an uninterrupted run gives: latents by id, computed in this process."""
+    plan = dataset.make_plan(replace(run, output=f"{run.output}-calm"))
+    worker = faulty.Light(plan.run, plan.outputs, False)
+    tables = [done for block in plan.blocks for _, done in worker.compute(read(plan.found, block), {})]
+    return {row["id"]: row["latent"] for table in tables for row in table.to_pylist()}
+
+
+def carry_out(run: Run, kind: type[Worker], monkeypatch: pytest.MonkeyPatch) -> dataset.Report:
+    monkeypatch.setattr(dataset, "Worker", kind)
+    return dataset.execute(dataset.make_plan(run))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_after_a_bad_day_every_row_is_there_once_with_its_pixels_and_only_guilty_ones_are_rejects(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Constructors that fail twice, workers killed in the middle, corrupt pictures, and one that kills every process."""
+    run = make_run(16, resources=Resources(workers=1, cpus=0.5, batch=4, block_rows=2))
+    wanted = calm(run)
+    pictures = Path(run.source.path)
+    (pictures / "007.png").write_bytes((pictures / "007.png").read_bytes()[:40])
+    with (pictures / "013.png").open("ab") as file:
+        file.write(faulty.POISON)
+    report = carry_out(run, faulty.BadDay, monkeypatch)
+    rows = faulty.rows_of(run.output)
+    errors = {name: row["error"] for name, row in rows.items() if row["error"]}
+    assert sorted(rows) == sorted(wanted)
+    assert sorted(errors) == ["007.png", "013.png"]
+    assert errors["013.png"] == isolation.REASON
+    assert {name: row["latent"] for name, row in rows.items() if name not in errors} == {
+        name: latent for name, latent in wanted.items() if name not in errors
+    }
+    assert schema.image_bytes(pq.read_table(run.output, filters=[("id", "=", "013.png")])["image"])[0].endswith(faulty.POISON)
+    assert (report.done, report.rejected) == (16, 2)
+    assert {"constructor.0", "constructor.1", "killed at 0.0"} <= set(faulty.traces(run))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_gpu_with_little_memory_does_the_job_and_the_manifest_says_how(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(6)
+    wanted = calm(run)
+    report = carry_out(run, faulty.LittleMemory, monkeypatch)
+    rows = faulty.rows_of(run.output)
+    assert {name: row["latent"] for name, row in rows.items()} == wanted
+    assert read_manifest(run.output)["batch"] == report.batch == 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_disk_that_fills_up_ends_the_job_with_one_line_and_afterwards_it_goes_on(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(15)
+    wanted = calm(run)
+    with pytest.raises(JobError, match=r"part-\d{12}\.parquet cannot be written \(File too large\); make room, then give the same command"):
+        carry_out(run, faulty.FullDisk, monkeypatch)
+    assert not list(Path(run.output).glob(".part*"))
+    report = carry_out(run, faulty.Light, monkeypatch)
+    assert report.resumed >= 6
+    assert {name: row["latent"] for name, row in faulty.rows_of(run.output).items()} == wanted
+
+
+def bad_day(forbidden: str) -> Callable[[str, str], str | None]:
+    """Every third request goes wrong, in every way in turn; one file may not be written at all."""
+    numbers, kinds = count(), ["busy", "reset", "lost", "cut", "slow", "down"]
+
+    def fault(method: str, path: str) -> str | None:
+        if method == "PUT" and forbidden in path:
+            return "expired"
+        number = next(numbers)
+        return kinds[number // 3 % len(kinds)] if number % 3 == 0 else None
+
+    return fault
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bad_day_of_s3_is_waited_out_and_expired_credentials_end_the_job_with_one_line(
+    make_run: Make, store: FaultyS3, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(15)
+    wanted = calm(run)
+    run = replace(run, output=f"{s3}/faults/latents")
+    monkeypatch.setattr(store, "fault", bad_day("part-000000000009"))
+    with pytest.raises(JobError, match=r"cannot be written \(The provided token has expired\.\); see to the permissions, or renew"):
+        carry_out(run, faulty.Light, monkeypatch)
+    monkeypatch.setattr(store, "fault", bad_day("none of them"))
+    report = carry_out(run, faulty.Light, monkeypatch)
+    assert report.resumed >= 3
+    assert {name: row["latent"] for name, row in faulty.rows_of(run.output).items()} == wanted
+    assert set(store.happened) >= {"busy", "reset", "lost", "cut", "slow", "down", "expired"}

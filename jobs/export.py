@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs import options as o
+
 if TYPE_CHECKING:
     from pipeline.sources import Input
 
@@ -14,7 +16,7 @@ Column = Annotated[str | None, typer.Option(help="Which pictures.", show_default
 Limit = Annotated[int | None, typer.Option(help="At most this many rows of each table.", min=1)]
 
 
-def export(table: Table, out: Out, column: Column = None, limit: Limit = None) -> None:
+def export(table: Table, out: Out, column: Column = None, limit: Limit = None, storage_option: o.StorageOptions = None) -> None:
     """Write the pictures of a table to files named after the rows' ids; their bytes stay as they are.
 
     [bold]Examples[/bold]

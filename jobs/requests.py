@@ -9,9 +9,8 @@ from models.domain_files import domain_from_folder, load_domain_file
 from models.domains import DOMAINS, Domain
 from models.recipe import Recipe
 from models.weights import WeightsError, edit_models_in, load_card
-from pipeline import schema
 from pipeline.config import ConfigError, Edit, Part, Source, unknown
-from pipeline.sources import find
+from pipeline.finding import metadata_at
 
 DOMAIN_FILES = (".yaml", ".yml", ".json")
 
@@ -59,7 +58,7 @@ def recipe_for(source: Source, domain: Domain, given: dict[str, Any]) -> Recipe:
     """The domain's recipe, or for latents the one that made them, with what was given on the command line."""
     base = domain.recipe.to_dict()
     with suppress(ConfigError):  # said with every other problem when the run is planned
-        base |= schema.about(find(source).columns).get("recipe", {})
+        base |= metadata_at(source.path).get("recipe", {})
     return Recipe.from_dict(base | given)
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from jobs.progress import console, display
+from jobs.progress import console, display, late_display
 
 if TYPE_CHECKING:  # importing them takes seconds, and --help must not
     from pipeline.config import Run
@@ -18,7 +18,8 @@ def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None
     from jobs.session import ray_session
     from pipeline.dataset import make_plan
 
-    plan = make_plan(run)
+    with late_display("look at the input", "files") as on_files, late_display("check ids", "rows") as on_ids:
+        plan = make_plan(run, on_files, on_ids)
     with ray_session(address, verbose):
         run_plan(plan, name)
 

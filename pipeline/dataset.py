@@ -21,9 +21,11 @@ from models.references import public
 from models.weights import WeightsError, fingerprint, load_card
 from pipeline import schema
 from pipeline.config import ConfigError, Edit, Run, Source, versions
+from pipeline.ids import check_ids
+from pipeline.inputs import OnFile
 from pipeline.manifest import RUNNING, write_in_one_stroke, write_manifest
 from pipeline.resume import Done, clear, file_name, finished, nested, output_problems, request_of
-from pipeline.sources import Block, Input, absolute, check_ids, find, plan_blocks, read_block
+from pipeline.sources import Block, Input, absolute, block_problems, find, plan_blocks, read_block
 
 if TYPE_CHECKING:
     from pipeline.stages import Stage
@@ -90,12 +92,15 @@ class Report:
 # ---- before anything starts ------------------------------------------------------------------------------------------
 
 
-def make_plan(run: Run) -> Plan:
-    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
+def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnFile = lambda done, total: None) -> Plan:
+    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found.
+
+    Both functions are called with how much is looked at and how much there is: files, then rows' ids.
+    """
     run = replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output))
     problems = run.problems()
     try:
-        found = find(run.source)
+        found = find(run.source, on_files)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     problems += (
@@ -105,14 +110,15 @@ def make_plan(run: Run) -> Plan:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
     done, pending = Done(), outputs
-    problems = [problem for output in outputs for problem in nested(run.source.path, output.folder)]
+    problems = block_problems(found, blocks)
+    problems += [problem for output in outputs for problem in nested(run.source.path, output.folder)]
     problems += [problem for output in outputs for problem in output_problems(output.folder, output.request, run.overwrite)]
     if problems:
         raise ConfigError(*problems)
     if not run.overwrite:
         pending = tuple(o for o in outputs if len(finished(blocks, [o.folder], run.retry_rejects).starts) < len(blocks))
         done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
-    ids = check_ids(found, blocks)
+    ids = check_ids(found, lambda rows: on_ids(rows, found.rows))
     return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending)
 
 
@@ -201,7 +207,7 @@ def _clip_problems(run: Run) -> list[str]:
 
 
 def _name_problems(run: Run, found: Input) -> list[str]:
-    taken = {"id", "image", schema.ROW, schema.BLOCK, *schema.own_columns(run.kind)}
+    taken = {"id", "image", *schema.HIDDEN, *schema.own_columns(run.kind)}
     clash = [name for name in found.user_columns.names if name in taken]
     return [f"column {name!r} of {run.source.path} has a name that this run writes; rename it first" for name in clash]
 
@@ -370,8 +376,7 @@ def _pool(most: int) -> ray.data.ActorPoolStrategy:
 
 def audit(input_ids: np.ndarray, folder: str) -> None:
     """The hard gate: every input id (sorted hashes) stands in the output exactly once. Raises AuditError otherwise."""
-    out = find(Source(path=folder))
-    written = check_ids(out, plan_blocks(out, 10_000))
+    written = check_ids(find(Source(path=folder)))
     if not np.array_equal(written, input_ids):
         lost, foreign = len(np.setdiff1d(input_ids, written)), len(np.setdiff1d(written, input_ids))
         raise AuditError(f"{folder}: {lost} input ids are missing and {foreign} ids are not of the input; run again with --overwrite")

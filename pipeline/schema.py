@@ -9,10 +9,16 @@ import pyarrow as pa
 VERSION = 1
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Names of picture files end like this."""
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 16_000_000
 """Larger pictures are not decoded unless it is asked for."""
-ROW, BLOCK = "__row__", "__block__"
-"""Position in the whole input of a row and of the first row of its block; they name output files and are never written."""
+MAX_PICTURE_BYTES = 128 * 2**20
+"""Larger picture files are not even read."""
+MAX_BLOCK_BYTES = 2**31
+"""What a block of rows may take in memory unless more is asked for."""
+ROW, BLOCK, UNREAD = "__row__", "__block__", "__unread__"
+"""Position in the whole input of a row and of the first row of its block, which name output files, and why a picture was not read;
+never written."""
+HIDDEN = (ROW, BLOCK, UNREAD)
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 EDIT = pa.schema([("edited", IMAGE), ("attribute", pa.string()), ("degree", pa.float32())])

@@ -77,10 +77,12 @@ def _status(error: Exception) -> int | None:
 
 
 def _from_a_worker(error: BaseException | None) -> BaseException | None:
-    """The error for people that a worker of Ray raised, out of the wrappers around it: weights that only it looked for."""
+    """The error for people that a worker of Ray raised, out of the wrappers around it: weights or rows that only it looked for."""
     from models.weights import WeightsError
+    from pipeline.parquet import TooLargeError
+    from pipeline.tars import TarError
 
-    while error is not None and not isinstance(error, WeightsError):
+    while error is not None and not isinstance(error, WeightsError | TooLargeError | TarError):
         error = getattr(error, "cause", None) or error.__cause__
     return error
 

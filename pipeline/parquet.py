@@ -106,7 +106,7 @@ def partition_of(below: str) -> dict[str, str | None]:
 def partition_columns(partitions: Sequence[dict[str, str | None]]) -> pa.Schema:
     """Whole numbers where all values are, else text. Raises ValueError if the files do not have the same keys."""
     keys = list(partitions[0])
-    if odd := next((p for p in partitions if list(p) != keys), None):
+    if (odd := next((p for p in partitions if list(p) != keys), None)) is not None:
         raise ValueError(f"some files lie in folders named {_folders(keys)}, others in {_folders(list(odd))}")
     values = {key: [p[key] for p in partitions if p[key] is not None] for key in keys}
     return pa.schema([(key, pa.int64() if all(map(_is_number, values[key])) and values[key] else pa.string()) for key in keys])

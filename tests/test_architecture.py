@@ -34,6 +34,7 @@ TESTED_ELSEWHERE = {
     "jobs/rebuild.py": "test_pixelface_training.py",  # hours of training; its parts are tested
     "pipeline/dataset.py": "test_end_to_end.py",  # needs a Ray cluster
     "pipeline/training.py": "test_end_to_end.py",
+    **{f"pipeline/{name}.py": "test_sources.py" for name in ("finding", "inputs")},  # through the functions that people call
     "pipeline/manifest.py": "test_resume.py",  # read and written there
     "pipeline/scoring.py": "test_stages.py",  # a stage like the others
 }

@@ -1,4 +1,4 @@
-"""What would be lost: each sample of a tar becomes one row under its key, a hostile tar becomes a message, and nothing lands on the disk."""
+"""What would be lost: each sample of a tar is one row under its key, a hostile tar is a message, and nothing lands on the disk."""
 
 import io
 import json
@@ -53,9 +53,7 @@ def test_tars_that_webdataset_wrote_are_read_as_webdataset_reads_them(tmp_path: 
                 name = f"{shard}/face{i:03}"
                 out.write({"__key__": name, "png": encoded(picture(i)), "json": {"age": i}, "cls": i % 3, "txt": f"ä {i}", "npy": b"\x93N"})
     theirs = webdataset.WebDataset([str(tmp_path / f"faces-{i}.tar") for i in range(2)], shardshuffle=False)
-    want = [
-        (s["__key__"], s["png"], json.loads(s["json"]), s["txt"].decode(), s["cls"].decode(), f"{s['__key__']}.png") for s in theirs
-    ]
+    want = [(s["__key__"], s["png"], json.loads(s["json"]), s["txt"].decode(), s["cls"].decode(), f"{s['__key__']}.png") for s in theirs]
     rows = rows_of(tmp_path, block_rows)
     assert [(r["id"], r["image"]["bytes"], json.loads(r["json"]), r["txt"], r["cls"], r["image"]["path"]) for r in rows] == want
     assert "npy" not in rows[0]
@@ -70,7 +68,11 @@ def test_a_tar_in_a_bucket_is_read_in_place(s3: str, tmp_path: Path) -> None:
 def test_samples_without_some_members_have_nulls_and_the_limit_cuts(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.JPG", b"1"), ("a.txt", b"one"), ("b.txt", b"two \xff"), ("c.jpg", b"3")])
     rows = rows_of(tmp_path)
-    assert [(r["id"], r["image"] and r["image"]["bytes"], r["txt"]) for r in rows] == [("a", b"1", "one"), ("b", None, "two �"), ("c", b"3", None)]
+    assert [(r["id"], r["image"] and r["image"]["bytes"], r["txt"]) for r in rows] == [
+        ("a", b"1", "one"),
+        ("b", None, "two �"),
+        ("c", b"3", None),
+    ]
     assert [r["id"] for r in rows_of(tmp_path, limit=2)] == ["a", "b"]
     assert "txt" not in rows_of(tmp_path, columns=())[0]
 
@@ -99,7 +101,9 @@ def test_hostile_names_are_names_and_nothing_is_extracted(tmp_path: Path) -> Non
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE]
+)
 def test_links_devices_and_holes_are_left_out(tmp_path: Path, kind: bytes) -> None:
     def change(info: tarfile.TarInfo) -> None:
         if info.name == "b.jpg":
@@ -140,7 +144,9 @@ def test_damage_is_named_and_never_taken_for_the_end(tmp_path: Path, damage: Cal
 
 @pytest.mark.parametrize("size", ["-1536", "99999999999"])
 def test_sizes_that_lie_neither_loop_nor_fill_the_memory(tmp_path: Path, size: str) -> None:
-    write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")], lambda info: number(info, size=size) if info.name == "b.jpg" else None)
+    write_tar(
+        tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")], lambda info: number(info, size=size) if info.name == "b.jpg" else None
+    )
     assert "is not a readable tar" in refusal(tmp_path)
 
 

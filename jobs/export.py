@@ -57,10 +57,11 @@ def write_all(folder: Path, found: "Input", column: str, limit: int | None) -> t
     from pipeline.export import pictures, write_picture
 
     written = without = 0
+    taken: set[str] = set()
     total = min(found.rows, limit or found.rows)
     with display(f"export {folder.name}", total) as shown:
         for name, data in islice(pictures(found, column), total):
-            file = write_picture(folder, name, data) if data else None
+            file = write_picture(folder, name, data, taken) if data else None
             written, without = written + (file is not None), without + (file is None)
             shown.update(written + without)
     return written, without

@@ -79,7 +79,8 @@ def write_partitions(address: str) -> None:
         faces = faces.append_column(name, column)
     faces = faces.append_column("split", pa.array(["train"] * 12 + ["test"] * 4))
     fs, root = fsspec.core.url_to_fs(address)
-    pads.write_dataset(faces, root, filesystem=fs, format="parquet", partitioning=["split"], partitioning_flavor="hive", max_rows_per_group=4, min_rows_per_group=4)  # fmt: skip
+    groups = {"max_rows_per_group": 4, "min_rows_per_group": 4}
+    pads.write_dataset(faces, root, filesystem=fs, format="parquet", partitioning=["split"], partitioning_flavor="hive", **groups)
 
 
 def test_a_partitioned_table_in_a_bucket_of_ones_own_is_inverted_by_condition_and_a_changed_one_is_refused(

@@ -132,7 +132,7 @@ def test_duckdb_and_pandas_read_scores_and_pictures(edits):
     import pandas
 
     asked = f"select count(*), count(mae), min(octet_length(edited.bytes)) from '{edits}/rosy/*.parquet' where error is null"
-    rows, scored, least = duckdb.sql(asked).fetchone()
+    ((rows, scored, least),) = duckdb.sql(asked).fetchall()
     assert (rows, scored) == (6, 6)
     assert least > 100
     frame = pandas.read_parquet(edits / "rosy")

@@ -84,7 +84,8 @@ _DTYPES = {
     pa.date32(): "date32",
     pa.null(): "null",
 }
-"""Names that Hugging Face datasets has for Arrow types, beside integers and timestamps, which it calls as Arrow does."""
+"""Names that Hugging Face datasets has for Arrow types, beside those that it calls as Arrow does."""
+_NAMED_ALIKE = (pa.types.is_integer, pa.types.is_timestamp, pa.types.is_decimal, pa.types.is_time, pa.types.is_duration)
 
 
 def feature(kind: pa.DataType) -> dict[str, Any] | None:
@@ -100,7 +101,9 @@ def feature(kind: pa.DataType) -> dict[str, Any] | None:
     if pa.types.is_struct(kind):
         parts = {f.name: feature(f.type) for f in kind}
         return parts if all(parts.values()) else None
-    if kind in _DTYPES or pa.types.is_integer(kind) or pa.types.is_timestamp(kind):
+    if pa.types.is_dictionary(kind):
+        return feature(kind.value_type)
+    if kind in _DTYPES or any(is_kind(kind) for is_kind in _NAMED_ALIKE):
         return {"_type": "Value", "dtype": _DTYPES.get(kind, str(kind))}
     return None
 

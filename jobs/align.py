@@ -33,13 +33,17 @@ def align(
     id_column: o.IdColumn = "id",
     image_column: o.ImageColumn = "image",
     limit: o.Limit = None,
+    columns: o.Columns = None,
+    where: o.Where = None,
     block_rows: o.BlockRows = 64,
-    max_pixels: o.MaxPixels = 64_000_000,
+    max_block_bytes: o.MaxBlockBytes = 2**31,
+    max_pixels: o.MaxPixels = 16_000_000,
     max_reject_rate: o.RejectRate = 0.1,
     overwrite: o.Overwrite = False,
     workers: o.Workers = 2,
     cpus: o.Cpus = 1.0,
     address: o.Address = None,
+    storage_option: o.StorageOptions = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Cut faces out of photographs, upright, as the pictures were cut that face models were trained on.
@@ -62,7 +66,8 @@ def align(
     from models.alignment import load_landmarker
     from pipeline.config import ConfigError, Resources, Source
     from pipeline.dataset import audit, block_dataset
-    from pipeline.sources import absolute, check_ids, find, plan_blocks
+    from pipeline.ids import check_ids
+    from pipeline.sources import absolute, block_problems, find, plan_blocks
 
     resources = Resources(workers=workers, cpus=cpus, block_rows=block_rows, max_pixels=max_pixels)
     problems = resources.problems()
@@ -72,8 +77,18 @@ def align(
         problems.append(f"the greatest share of rejects must lie between 0 and 1; got {max_reject_rate}")
     if limit is not None and limit < 1:
         problems.append(f"the limit of rows must be at least 1; got {limit}")
+    if max_block_bytes < 2**20:
+        problems.append(f"--max-block-bytes must be at least 1048576 (1 MiB); got {max_block_bytes}")
     output = absolute(output)
-    source = Source(path=absolute(input), id_column=id_column, image_column=image_column, limit=limit)
+    source = Source(
+        path=absolute(input),
+        id_column=id_column,
+        image_column=image_column,
+        limit=limit,
+        columns=o.names(columns),
+        where=where,
+        max_block_bytes=max_block_bytes,
+    )
     try:
         found = find(source)
         problems += input_problems(found)
@@ -82,18 +97,20 @@ def align(
     problems += output_problems(source.path, output, overwrite)
     if problems:
         raise ConfigError(*problems)
+    blocks = plan_blocks(found, block_rows)
+    if problems := block_problems(found, blocks):
+        raise ConfigError(*problems)
     if landmark_model and Path(landmark_model.partition("#")[0]).exists():
         landmark_model = absolute(landmark_model)  # workers have another working directory
     load_landmarker(landmark_model)
-    blocks = plan_blocks(found, block_rows)
-    input_ids = check_ids(found, blocks)
-    columns = aligned_columns(found, size)
+    input_ids = check_ids(found)
+    written = aligned_columns(found, size)
     _clear(output)
 
     done, reasons = 0, Counter[str]()
 
     def work(table: pa.Table) -> pa.Table:
-        return write_aligned(table, output, columns, size, max_pixels, landmark_model)
+        return write_aligned(table, output, written, size, max_pixels, landmark_model)
 
     with ray_session(address, verbose):
         receipts = block_dataset(found, blocks, cpus).map_batches(
@@ -128,7 +145,7 @@ def input_problems(found: "Input") -> list[str]:
 
     if kind := schema.about(found.columns).get("kind"):
         return [f"{found.source.path} is a table of {kind}; faces are aligned before anything else, so give the photographs"]
-    clash = [name for name in found.user_columns.names if name in {"id", "image", ERROR, schema.ROW, schema.BLOCK}]
+    clash = [name for name in found.user_columns.names if name in {"id", "image", ERROR, *schema.HIDDEN}]
     return [f"column {name!r} of {found.source.path} has a name that this run writes; rename it first" for name in clash]
 
 
@@ -207,12 +224,12 @@ def with_faces(table: "pa.Table", size: int, max_pixels: int, landmark_model: st
 
     images: list[dict[str, bytes | str | None] | None] = []
     errors: list[str | None] = []
-    for row in table["image"].to_pylist():
+    for row, unread in zip(table["image"].to_pylist(), codec.unread_reasons(table), strict=True):
         try:
             picture = codec.decode_whole(row and row["bytes"], max_pixels)
         except codec.ImageError as error:
             images.append(None)
-            errors.append(str(error))
+            errors.append(unread or str(error))
             continue
         landmarks = find_landmarks(picture, landmark_model)
         face = None if landmarks is None else codec.encode_png(align(picture, landmarks, size))

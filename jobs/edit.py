@@ -39,8 +39,11 @@ def edit(
     id_column: o.IdColumn = "id",
     image_column: o.ImageColumn = "image",
     limit: o.Limit = None,
+    columns: o.Columns = None,
+    where: o.Where = None,
     block_rows: o.BlockRows = 64,
-    max_pixels: o.MaxPixels = 64_000_000,
+    max_block_bytes: o.MaxBlockBytes = 2**31,
+    max_pixels: o.MaxPixels = 16_000_000,
     max_reject_rate: o.RejectRate = 0.1,
     overwrite: o.Overwrite = False,
     retry_rejects: o.RetryRejects = False,
@@ -49,6 +52,7 @@ def edit(
     cpus: o.Cpus = 1.0,
     batch: o.Batch = 16,
     address: o.Address = None,
+    storage_option: o.StorageOptions = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Edit images, or latents made before, with one or more attributes; each gets a folder of its own, with scores.
@@ -73,7 +77,15 @@ def edit(
     from pipeline.config import Resources, Run, Source
 
     chosen = domain_named(domain)
-    source = Source(path=input, id_column=id_column, image_column=image_column, limit=limit)
+    source = Source(
+        path=input,
+        id_column=id_column,
+        image_column=image_column,
+        limit=limit,
+        columns=o.names(columns),
+        where=where,
+        max_block_bytes=max_block_bytes,
+    )
     given = o.given(
         return_step=return_step,
         steps_up=steps_up,

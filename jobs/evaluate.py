@@ -25,6 +25,7 @@ def evaluate(
     workers: o.Workers = 2,
     gpus: o.Gpus = 0.0,
     address: o.Address = None,
+    storage_option: o.StorageOptions = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Print the scores of edits; or check a domain: round trip, CLIP, judge and every ready-made edit on held-out images.

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs import options as o
+
 if TYPE_CHECKING:
     from pipeline.sources import Input
 
@@ -14,7 +16,7 @@ Column = Annotated[str | None, typer.Option(help="Which pictures.", show_default
 Limit = Annotated[int | None, typer.Option(help="At most this many rows of each table.", min=1)]
 
 
-def export(table: Table, out: Out, column: Column = None, limit: Limit = None) -> None:
+def export(table: Table, out: Out, column: Column = None, limit: Limit = None, storage_option: o.StorageOptions = None) -> None:
     """Write the pictures of a table to files named after the rows' ids; their bytes stay as they are.
 
     [bold]Examples[/bold]
@@ -55,10 +57,11 @@ def write_all(folder: Path, found: "Input", column: str, limit: int | None) -> t
     from pipeline.export import pictures, write_picture
 
     written = without = 0
+    taken: set[str] = set()
     total = min(found.rows, limit or found.rows)
     with display(f"export {folder.name}", total) as shown:
         for name, data in islice(pictures(found, column), total):
-            file = write_picture(folder, name, data) if data else None
+            file = write_picture(folder, name, data, taken) if data else None
             written, without = written + (file is not None), without + (file is None)
             shown.update(written + without)
     return written, without

@@ -96,6 +96,7 @@ def finetune(
     gpus: o.Gpus = 0.0,
     cpus: o.Cpus = 2.0,
     address: o.Address = None,
+    storage_option: o.StorageOptions = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Teach a copy of the base model one attribute, from words alone; several attributes side by side.

@@ -21,8 +21,11 @@ def invert(
     id_column: o.IdColumn = "id",
     image_column: o.ImageColumn = "image",
     limit: o.Limit = None,
+    columns: o.Columns = None,
+    where: o.Where = None,
     block_rows: o.BlockRows = 64,
-    max_pixels: o.MaxPixels = 64_000_000,
+    max_block_bytes: o.MaxBlockBytes = 2**31,
+    max_pixels: o.MaxPixels = 16_000_000,
     max_reject_rate: o.RejectRate = 0.1,
     overwrite: o.Overwrite = False,
     retry_rejects: o.RetryRejects = False,
@@ -31,6 +34,7 @@ def invert(
     cpus: o.Cpus = 1.0,
     batch: o.Batch = 16,
     address: o.Address = None,
+    storage_option: o.StorageOptions = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Walk images up to their latents, once; every attribute starts from them.
@@ -49,7 +53,15 @@ def invert(
     from pipeline.config import Resources, Run, Source
 
     chosen = domain_named(domain)
-    source = Source(path=input, id_column=id_column, image_column=image_column, limit=limit)
+    source = Source(
+        path=input,
+        id_column=id_column,
+        image_column=image_column,
+        limit=limit,
+        columns=o.names(columns),
+        where=where,
+        max_block_bytes=max_block_bytes,
+    )
     given = o.given(
         return_step=return_step,
         steps_up=steps_up,

@@ -65,6 +65,7 @@ def optimize(
     identity: o.Identity = None,
     memory: Memory = "full",
     gpu: Gpu = False,
+    storage_option: o.StorageOptions = None,
 ) -> None:
     """Change one picture by words without training anything: its latent is moved until CLIP sees the text in it.
 

@@ -4,9 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs import storage
+
 WALK, ROWS, MACHINES = "Walk", "Rows", "Machines"
 
-Input = Annotated[str, typer.Argument(help="A folder of pictures, a Parquet file, or a folder of Parquet files; any fsspec address.")]
+Input = Annotated[str, typer.Argument(help="Pictures, Parquet files or webdataset tars: one, or a folder of one kind; any fsspec address.")]
 Output = Annotated[str, typer.Argument(help="The folder to write Parquet files to.")]
 DomainName = Annotated[
     str,
@@ -37,8 +39,26 @@ Precision = Annotated[str | None, typer.Option(help="float32, bfloat16 or float1
 IdColumn = Annotated[str, typer.Option(help="Column of unique ids; made from file and row if there is none.", rich_help_panel=ROWS)]
 ImageColumn = Annotated[str, typer.Option(help="Column of pictures: binary or struct{bytes, path}.", rich_help_panel=ROWS)]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many rows.", rich_help_panel=ROWS)]
-BlockRows = Annotated[int, typer.Option(help="Rows of one output file: what a crash costs.", rich_help_panel=ROWS)]
-MaxPixels = Annotated[int, typer.Option(help="Larger pictures become rejects.", rich_help_panel=ROWS)]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the input's own columns only these pass through, as caption,split; id and image always do.", rich_help_panel=ROWS
+    ),
+]
+Where = Annotated[
+    str | None,
+    typer.Option(help="Only rows of Parquet files like: age >= 18 and split == 'train' (Python's way to write it).", rich_help_panel=ROWS),
+]
+BlockRows = Annotated[
+    int,
+    typer.Option(
+        help="At least so many rows, in whole row groups of the input, make one output file: what a crash costs.", rich_help_panel=ROWS
+    ),
+]
+MaxBlockBytes = Annotated[int, typer.Option(help="What such rows may take in memory.", rich_help_panel=ROWS)]
+MaxPixels = Annotated[
+    int, typer.Option(help="Larger pictures become rejects; JPEGs that shrink may have four times as many.", rich_help_panel=ROWS)
+]
 RejectRate = Annotated[float, typer.Option(help="A greater share of rejects ends with exit status 3.", rich_help_panel=ROWS)]
 RetryRejects = Annotated[
     bool, typer.Option("--retry-rejects", help="When going on, compute blocks with rejects again.", rich_help_panel=ROWS)
@@ -57,10 +77,23 @@ Cpus = Annotated[float, typer.Option(help="CPUs an actor.", rich_help_panel=MACH
 Batch = Annotated[int, typer.Option(help="Images in one model call.", rich_help_panel=MACHINES)]
 Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; without it a local one.", rich_help_panel=MACHINES)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let Ray say what it does.", rich_help_panel=MACHINES)]
+StorageOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option",
+        help="For s3://, repeated: endpoint_url=, region=, profile=, anon=true, requester_pays=true. Secrets come from the environment.",
+        callback=storage.use,
+    ),
+]
 EditModels = Annotated[
     list[str] | None,
     typer.Option("--models", help="Edit models: a folder, s3:// or a hub name; looked into before the ready-made ones; may be repeated."),
 ]
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """``caption, split`` as names; None for None."""
+    return None if text is None else tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+PATIENCE_SECONDS = 2.0
+"""Work that may be over at once is only shown if it is not over by then."""
 LINE_SECONDS = 5.0
 """A plain line at most this often."""
 
@@ -55,3 +57,29 @@ def display(name: str, total: int, unit: str = "rows", before: int = 0) -> Itera
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Note(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         yield Display(name, total, unit, bar, before)
+
+
+class LateDisplay:
+    """Shows work of which nobody knows whether it takes any time; ``update(done, total)``. Gone when all is done."""
+
+    def __init__(self, name: str, unit: str):
+        self.name, self.unit = name, unit
+        self.started = time.monotonic()
+        self.shown: Display | None = None
+        self.stack = ExitStack()
+
+    def update(self, done: int, total: int) -> None:
+        if self.shown is None and done < total and time.monotonic() - self.started >= PATIENCE_SECONDS:
+            self.shown = self.stack.enter_context(display(self.name, total, self.unit))
+        if self.shown is not None:
+            self.shown.update(done)
+        if done >= total:
+            self.stack.close()
+
+
+@contextmanager
+def late_display(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with how much is done and how much there is."""
+    late = LateDisplay(name, unit)
+    with late.stack:
+        yield late.update

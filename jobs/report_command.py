@@ -5,13 +5,17 @@ from typing import Annotated
 
 import typer
 
+from jobs import options as o
+
 Edits = Annotated[list[str], typer.Argument(help="Folders that `diffusionclip edit` wrote.")]
 Out = Annotated[Path, typer.Option(help="The HTML file to write.")]
 Rows = Annotated[int, typer.Option(help="Images to show, spread over the dataset.")]
 Title = Annotated[str | None, typer.Option(help="Heading of the page.")]
 
 
-def report(edits: Edits, out: Out = Path("page.html"), rows: Rows = 24, title: Title = None) -> None:
+def report(
+    edits: Edits, out: Out = Path("page.html"), rows: Rows = 24, title: Title = None, storage_option: o.StorageOptions = None
+) -> None:
     """Write one self-contained HTML page: pictures side by side, scores, rejects, and the command that made them.
 
     [bold]Examples[/bold]

@@ -10,10 +10,9 @@ from models.domain_files import domain_from_folder, load_domain_file
 from models.domains import DOMAINS, Domain
 from models.recipe import Recipe
 from models.weights import WeightsError, edit_models_in, load_card
-from pipeline import schema
 from pipeline.checks import parts_of
 from pipeline.config import ConfigError, Edit, Part, Source, unknown
-from pipeline.sources import find
+from pipeline.finding import metadata_at
 
 DOMAIN_FILES = (".yaml", ".yml", ".json")
 
@@ -62,7 +61,7 @@ def recipe_for(source: Source, domain: Domain, given: dict[str, Any], edits: Seq
     with what was given on the command line. Raises ConfigError if something that was given would do nothing."""
     about: dict[str, Any] = {}
     with suppress(ConfigError):  # said with every other problem when the run is planned
-        about = schema.about(find(source).columns)
+        about = metadata_at(source.path)
     of_latents = about.get("kind") == "latents"
     made = about.get("recipe", {}) if of_latents else _common_return_step(edits)
     recipe = Recipe.from_dict(domain.recipe.to_dict() | made | given)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from jobs.progress import console, display
+from jobs.progress import console, display, late_display
 
 if TYPE_CHECKING:  # importing them takes seconds, and --help must not
     from pipeline.config import Run
@@ -19,8 +19,12 @@ def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None
     from pipeline.dataset import make_plan
     from pipeline.faults import explained
 
-    with explained(f"{run.source.path} or {run.output} cannot be used"):
-        plan = make_plan(run)
+    with (
+        explained(f"{run.source.path} or {run.output} cannot be used"),
+        late_display("look at the input", "files") as on_files,
+        late_display("check ids", "rows") as on_ids,
+    ):
+        plan = make_plan(run, on_files, on_ids)
     with ray_session(address, verbose):
         refuse_too_much(address, run.resources.gpus, run.resources.cpus)
         run_plan(plan, name)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jobs import storage
+
 
 @contextmanager
 def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[None]:
@@ -22,7 +24,8 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
     level = logging.INFO if verbose else logging.ERROR
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=level, log_to_driver=verbose)
+        environment = {"env_vars": dict(storage.carried)} if storage.carried else None
+        ray.init(address=address, logging_level=level, log_to_driver=verbose, runtime_env=environment)
     else:
         cpus = (os.cpu_count() or 1) + 2
         with _silent(not verbose):

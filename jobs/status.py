@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
+from jobs import options as o
+
 Output = Annotated[str, typer.Argument(help="The output of invert or edit; any fsspec address.")]
 MOST = 5
 """Reasons that are told."""
 
 
-def status(output: Output) -> None:
+def status(output: Output, storage_option: o.StorageOptions = None) -> None:
     """Say what is done, rejected and left of a run, how fast it is and when it will be over; it may be running or stopped.
 
     [bold]Examples[/bold]

@@ -14,6 +14,8 @@ from pipeline.schema import MAX_PIXELS
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are decoded; others (EPS, PDF ...) may start programs or fetch files."""
+SHRUNK = 4
+"""A JPEG that is decoded at a fraction of its size may have so many times the limit of pixels."""
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels."""
 
@@ -50,10 +52,11 @@ def _decode(data: bytes | None, max_pixels: int, at_least: tuple[int, int] | Non
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 width, height = picture.size
-                if width * height > max_pixels:
-                    raise ImageError(f"the image has {width}x{height} pixels; at most {max_pixels} are decoded")
                 if at_least:
-                    picture.draft("RGB", at_least)
+                    picture.draft("RGB", at_least)  # JPEG, decoded at a half, a quarter or an eighth of its size
+                most = max_pixels if picture.size == (width, height) else SHRUNK * max_pixels
+                if width * height > most:
+                    raise ImageError(f"the image has {width}x{height} pixels; at most {most} are decoded")
                 picture.load()
                 return _to_rgb(_upright(picture))
     except ImageError:
@@ -124,6 +127,11 @@ def latents_from_arrow(column: pa.ChunkedArray | pa.Array, size: int) -> Tensor:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = array.flatten().to_numpy(zero_copy_only=False)
     return torch.from_numpy(flat.astype(np.float32)).view(len(array), 3, size, size)
+
+
+def unread_reasons(table: pa.Table) -> list[str | None]:
+    """Why the picture of each row was not even read, where that is so: it was too large."""
+    return table[schema.UNREAD].to_pylist() if schema.UNREAD in table.column_names else [None] * len(table)
 
 
 def decode_column(column: pa.ChunkedArray, size: int, max_pixels: int) -> tuple[list[np.ndarray | None], list[str | None]]:

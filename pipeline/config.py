@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.schema import MAX_PIXELS
+from pipeline.schema import MAX_BLOCK_BYTES, MAX_PIXELS
 
 if TYPE_CHECKING:  # so that processes that only read rows need not import torch
     from models.domains import Domain
@@ -30,7 +30,7 @@ def unknown(kind: str, name: str, allowed: list[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where rows come from: a folder of pictures, a Parquet file, or a folder of Parquet files; any fsspec address."""
+    """Where rows come from: Parquet files, pictures or webdataset tars, one or a folder of them; any fsspec address."""
 
     path: str
     id_column: str = "id"
@@ -38,6 +38,12 @@ class Source:
     image_column: str = "image"
     limit: int | None = None
     """Only the first so many rows."""
+    columns: tuple[str, ...] | None = None
+    """The user's columns that pass through; None keeps all. Id and image are always read."""
+    where: str | None = None
+    """A condition on rows, see ``pipeline.filters``; the others are no part of the input."""
+    max_block_bytes: int = MAX_BLOCK_BYTES
+    """What one block may take in memory while it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,8 @@ class Resources:
     batch: int = 16
     """Images in one model call; the last batch is padded to this, so that its arithmetic is that of the others."""
     block_rows: int = 64
-    """Rows that are read, edited and written together, as one output file: what a crash costs."""
+    """At least so many rows, in whole row groups of the input, are read, edited and written together, as one output file: what a
+    crash costs."""
     max_pixels: int = MAX_PIXELS
 
     @property
@@ -168,6 +175,8 @@ class Run:
             found.append(f"the greatest share of rejects must lie between 0 and 1; got {self.max_reject_rate}")
         if self.source.limit is not None and self.source.limit < 1:
             found.append(f"the limit of rows must be at least 1; got {self.source.limit}")
+        if self.source.max_block_bytes < 2**20:
+            found.append(f"--max-block-bytes must be at least 1048576 (1 MiB); got {self.source.max_block_bytes}")
         for edit in self.edits:
             if not -5 <= edit.degree <= 5:
                 found.append(f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {edit.degree}")

@@ -25,10 +25,12 @@ from pipeline import schema
 from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems
 from pipeline.config import ConfigError, Edit, Run, Source, versions
 from pipeline.faults import AGAIN, JobError, explained, from_bytes
+from pipeline.ids import check_ids
+from pipeline.inputs import OnFile
 from pipeline.isolation import Attempts, finish, last_line
 from pipeline.manifest import RUNNING, write_manifest
 from pipeline.resume import Done, clear, file_name, finished, nested, output_problems, request_of
-from pipeline.sources import Block, Input, absolute, check_ids, find, plan_blocks, read_block
+from pipeline.sources import Block, Input, absolute, block_problems, find, plan_blocks, read_block
 from pipeline.worker import Output, Worker, read_packed
 
 DEATHS = 3
@@ -97,13 +99,16 @@ class Report:
 # ---- before anything starts ------------------------------------------------------------------------------------------
 
 
-def make_plan(run: Run) -> Plan:
-    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
+def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnFile = lambda done, total: None) -> Plan:
+    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found.
+
+    Both functions are called with how much is looked at and how much there is: files, then rows' ids.
+    """
     run = absolute_weights(replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output)))
     timesteps, problems = base_problems(run.domain, run.recipe)
     problems += run.problems(timesteps)
     try:
-        found = find(run.source)
+        found = find(run.source, on_files)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     of_cards, notes = card_problems(run)
@@ -115,14 +120,15 @@ def make_plan(run: Run) -> Plan:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
     done, pending = Done(), outputs
-    problems = [problem for output in outputs for problem in nested(run.source.path, output.folder)]
+    problems = block_problems(found, blocks)
+    problems += [problem for output in outputs for problem in nested(run.source.path, output.folder)]
     problems += [problem for output in outputs for problem in output_problems(output.folder, output.request, run.overwrite)]
     if problems:
         raise ConfigError(*problems)
     if not run.overwrite:
         pending = tuple(o for o in outputs if len(finished(blocks, [o.folder], run.retry_rejects).starts) < len(blocks))
         done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
-    ids = check_ids(found, blocks)
+    ids = check_ids(found, lambda rows: on_ids(rows, found.rows))
     return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending, notes=tuple(notes))
 
 
@@ -168,7 +174,7 @@ def _calls_down(run: Run, edit: Edit) -> int:
 
 
 def _name_problems(run: Run, found: Input) -> list[str]:
-    taken = {"id", "image", schema.ROW, schema.BLOCK, *schema.own_columns(run.kind)}
+    taken = {"id", "image", *schema.HIDDEN, *schema.own_columns(run.kind)}
     clash = [name for name in found.user_columns.names if name in taken]
     return [f"column {name!r} of {run.source.path} has a name that this run writes; rename it first" for name in clash]
 
@@ -341,7 +347,7 @@ def audit(input_ids: np.ndarray, folder: str) -> None:
     """The hard gate: every input id (sorted hashes) stands in the output exactly once. Raises AuditError otherwise."""
     try:
         out = find(Source(path=folder))
-        written = check_ids(out, plan_blocks(out, 10_000))
+        written = check_ids(out)
     except ConfigError as error:  # as it would be told of an input
         raise AuditError(f"the output cannot be checked: {error}; give the same command again, or --overwrite") from None
     if not np.array_equal(written, input_ids):

@@ -16,6 +16,8 @@ from pipeline.summary import batches
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 LONGEST = 100
 """Bytes of one part of a file's name; what is longer is cut and told apart by a hash."""
+DEEPEST = 16
+"""Parts of a file's name; of more the last are kept."""
 
 
 def picture_table(address: str, column: str | None) -> tuple[Input, str]:
@@ -37,10 +39,11 @@ def pictures(found: Input, column: str) -> Iterator[tuple[str, bytes | None]]:
         yield from zip(map(str, batch["id"].to_pylist()), schema.image_bytes(batch[column]), strict=True)
 
 
-def write_picture(folder: Path, name: str, data: bytes) -> Path | None:
+def write_picture(folder: Path, name: str, data: bytes, taken: set[str]) -> Path | None:
     """Writes an encoded picture, its bytes unchanged, to a file of its row's id; None if the bytes are no picture.
 
-    Raises OSError if it cannot be written.
+    ``taken`` holds the names that were used, so that no two differ in their case only: other systems take them for one. Raises
+    OSError if it cannot be written.
     """
     try:
         with Image.open(io.BytesIO(data), formats=tuple(SUFFIXES)) as picture:
@@ -50,6 +53,9 @@ def write_picture(folder: Path, name: str, data: bytes) -> Path | None:
     if suffix is None:
         return None
     for path in (folder / safe_name(name, suffix), folder / safe_name(name, suffix, told_apart=True)):
+        if str(path).casefold() in taken:
+            continue
+        taken.add(str(path).casefold())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as file:
@@ -64,7 +70,7 @@ def safe_name(name: str, suffix: str, told_apart: bool = False) -> Path:
     """A relative path made of an id: its parts without what a file system or a shell could take for something else; never
     absolute, never upwards, never hidden. An id that had to be changed is ``told_apart`` from others by a hash."""
     parts = [re.sub(r"[^\w. -]", "_", part).strip(" .").lstrip("-") for part in name.removesuffix(suffix).split("/")]
-    kept = [part.encode()[:LONGEST].decode(errors="ignore").strip(" .") for part in parts if part] or ["_"]
+    kept = [part.encode()[:LONGEST].decode(errors="ignore").strip(" .") for part in parts if part][-DEEPEST:] or ["_"]
     if told_apart or "/".join(kept) != name.removesuffix(suffix):
         kept[-1] += "-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return Path(*kept[:-1], kept[-1] + suffix)

@@ -51,6 +51,8 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
         "id column": found.source.id_column,
         "image column": found.source.image_column,
         "limit": found.source.limit,
+        "columns": found.source.columns,
+        "where": found.source.where,
         "block rows": run.resources.block_rows,
         "pixel limit": run.resources.max_pixels,
         "base model": fingerprint(run.domain.weights),

@@ -9,10 +9,16 @@ import pyarrow as pa
 VERSION = 1
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Names of picture files end like this."""
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 16_000_000
 """Larger pictures are not decoded unless it is asked for."""
-ROW, BLOCK = "__row__", "__block__"
-"""Position in the whole input of a row and of the first row of its block; they name output files and are never written."""
+MAX_PICTURE_BYTES = 128 * 2**20
+"""Larger picture files are not even read."""
+MAX_BLOCK_BYTES = 2**31
+"""What a block of rows may take in memory unless more is asked for."""
+ROW, BLOCK, UNREAD = "__row__", "__block__", "__unread__"
+"""Position in the whole input of a row and of the first row of its block, which name output files, and why a picture was not read;
+never written."""
+HIDDEN = (ROW, BLOCK, UNREAD)
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 EDIT = pa.schema([("edited", IMAGE), ("attribute", pa.string()), ("degree", pa.float32())])
@@ -78,7 +84,8 @@ _DTYPES = {
     pa.date32(): "date32",
     pa.null(): "null",
 }
-"""Names that Hugging Face datasets has for Arrow types, beside integers and timestamps, which it calls as Arrow does."""
+"""Names that Hugging Face datasets has for Arrow types, beside those that it calls as Arrow does."""
+_NAMED_ALIKE = (pa.types.is_integer, pa.types.is_timestamp, pa.types.is_decimal, pa.types.is_time, pa.types.is_duration)
 
 
 def feature(kind: pa.DataType) -> dict[str, Any] | None:
@@ -94,7 +101,9 @@ def feature(kind: pa.DataType) -> dict[str, Any] | None:
     if pa.types.is_struct(kind):
         parts = {f.name: feature(f.type) for f in kind}
         return parts if all(parts.values()) else None
-    if kind in _DTYPES or pa.types.is_integer(kind) or pa.types.is_timestamp(kind):
+    if pa.types.is_dictionary(kind):
+        return feature(kind.value_type)
+    if kind in _DTYPES or any(is_kind(kind) for is_kind in _NAMED_ALIKE):
         return {"_type": "Value", "dtype": _DTYPES.get(kind, str(kind))}
     return None
 

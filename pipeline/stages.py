@@ -60,6 +60,7 @@ class Invert:
     def __call__(self, table: pa.Table) -> pa.Table:
         size = self.domain.image_size
         pictures, errors = codec.decode_column(table["image"], size, self.resources.max_pixels)
+        errors = [unread or error for unread, error in zip(codec.unread_reasons(table), errors, strict=True)]
         good = [row for row, error in enumerate(errors) if error is None]
         latents: list[np.ndarray | None] = [None] * len(errors)
         if good:

@@ -37,6 +37,7 @@ TESTED_ELSEWHERE = {
     "pipeline/training.py": "test_end_to_end.py",
     "pipeline/tuning.py": "test_checks.py",  # planned by the same looks
     "pipeline/isolation.py": "test_faults.py",  # with real processes that die
+    **{f"pipeline/{name}.py": "test_sources.py" for name in ("finding", "inputs")},  # through the functions that people call
     "pipeline/manifest.py": "test_resume.py",  # read and written there
     "pipeline/scoring.py": "test_stages.py",  # a stage like the others
 }

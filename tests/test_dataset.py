@@ -2,11 +2,18 @@
 
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from pipeline import schema
+from pipeline.codec import latents_to_arrow
+from pipeline.config import Source
+from pipeline.sources import find, plan_blocks, read_block
+from pipeline.worker import pack, unpack, write_file
 
 SCRIPT = """
 import sys
@@ -43,3 +50,43 @@ def test_blocks_of_different_sizes_reach_the_actors_whole(gpus: str, tmp_path: P
         pq.write_table(pa.table({"id": ids, "image": [b"x"] * rows}), tmp_path / f"{i}.parquet", row_group_size=5)
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), gpus], capture_output=True, text=True, timeout=200)
     assert done.stdout.split()[-2:] == ["True", "6"], done.stdout + done.stderr[-3000:]
+
+
+def user_columns() -> dict[str, pa.Array]:
+    """Three rows of every kind of column that Parquet holds, nulls among them."""
+    return {
+        "boxes": pa.array([[{"left": 1, "name": "a"}, None], None, []], pa.list_(pa.struct([("left", pa.int32()), ("name", pa.string())]))),
+        "category": pa.array(["a", None, "b"]).dictionary_encode(),
+        "nothing": pa.nulls(3),
+        "when": pa.array([0, None, 2], pa.timestamp("us", "Europe/Berlin")),
+        "price": pa.array([Decimal("1.50"), None, Decimal("-2.25")], pa.decimal128(7, 2)),
+        "story": pa.array(["long", None, ""], pa.large_string()),
+        "extras": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+        "blob": pa.array([b"\0\xff", None, b""], pa.large_binary()),
+        "vector": pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float16(), 2)),
+        "day": pa.array([1, None, 3], pa.date32()),
+        "deep": pa.array([[[1], None], None, [[]]], pa.list_(pa.list_(pa.int8()))),
+    }
+
+
+def test_the_users_columns_of_every_kind_are_in_the_output_file_as_they_were_in_the_input_file(tmp_path: Path) -> None:
+    given = pa.table({"id": ["a", "b", "c"], "image": [b"1", b"2", b"3"], **user_columns()})
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    pq.write_table(given, tmp_path / "in" / "x.parquet", row_group_size=2)  # dictionaries differ between row groups
+    found = find(Source(path=str(tmp_path / "in")))
+    (block,) = plan_blocks(found, 10)
+    arrived = unpack(pack(read_block(found, block))["block"][0])
+    columns = schema.latents_schema(found.user_columns, 4, {})
+    done = arrived.append_column("latent", latents_to_arrow([None] * 3, 4)).append_column("error", pa.nulls(3, pa.string()))
+    write_file(str(tmp_path / "out"), "part-000000000000.parquet", done.select(columns.names).cast(columns))
+    written = pq.read_table(tmp_path / "out")
+    for name, column in user_columns().items():
+        assert written[name].to_pylist() == column.to_pylist(), name
+        assert written.schema.field(name).type == given.schema.field(name).type, name
+
+
+def test_row_groups_hold_at_most_100_pictures_however_many_rows_a_file_has(tmp_path: Path) -> None:
+    write_file(str(tmp_path), "x.parquet", pa.table({"id": [str(i) for i in range(250)]}))
+    metadata = pq.read_metadata(tmp_path / "x.parquet")
+    assert [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)] == [100, 100, 50]

@@ -1,5 +1,6 @@
 """The whole chain as people run it: real processes, real Ray, the shipped images and weights."""
 
+import io
 import json
 import os
 import shutil
@@ -108,6 +109,40 @@ def test_each_edit_is_a_dataset_of_its_own_with_a_row_for_each_input_row(edits, 
         table = pq.read_table(folder)
         assert sorted(table["id"].to_pylist()) == ids
         assert table["edited"].null_count == table["mae"].null_count == 3
+
+
+def load(folder: Path, cache: Path):
+    """With the ``datasets`` package, which knows pictures by what the files say of their columns."""
+    import datasets
+
+    return datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", cache_dir=str(cache))
+
+
+def test_hugging_face_datasets_shows_pictures_and_latents(edits, latents, tmp_path):
+    for folder, column in ((latents, "image"), (edits / "rosy", "edited")):
+        rows = load(folder, tmp_path)
+        assert len(rows) == 9
+        good = rows.filter(lambda error: error is None, input_columns="error")
+        assert good[0][column].convert("RGB").size == (32, 32)
+        assert isinstance(good[0][column], Image.Image)
+    table = load(latents, tmp_path)
+    assert table.features["latent"].length == 3 * 32 * 32
+    by_id = {row["id"]: row["error"] for row in table.select_columns(["id", "error"])}
+    assert {name for name, error in by_id.items() if error} == {"cut.png", "empty.jpg", "text.png"}
+
+
+def test_duckdb_and_pandas_read_scores_and_pictures(edits):
+    import duckdb
+    import pandas
+
+    asked = f"select count(*), count(mae), min(octet_length(edited.bytes)) from '{edits}/rosy/*.parquet' where error is null"
+    ((rows, scored, least),) = duckdb.sql(asked).fetchall()
+    assert (rows, scored) == (6, 6)
+    assert least > 100
+    frame = pandas.read_parquet(edits / "rosy")
+    assert frame["error"].notna().sum() == 3
+    picture = frame.loc[frame["error"].isna(), "edited"].iloc[0]["bytes"]
+    assert Image.open(io.BytesIO(picture)).size == (32, 32)
 
 
 def test_edited_pictures_open_at_the_domains_size_and_differ_from_the_reconstruction(edits):

@@ -22,6 +22,10 @@ HOSTILE = [
     "",
     "..",
     "x" * 300,
+    "nul\0byte.png",
+    "a/" * 3000 + "deep",
+    "x" * 5000 + "/" + "y" * 5000,
+    "CON",
     "ü/ñ.jpg",
     "\\\\host\\x",
 ]
@@ -44,7 +48,7 @@ def table(file: Path, rows: dict[str, bytes | None]) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_id_leads_out_of_the_folder_or_hides_a_file(name: str, tmp_path: Path) -> None:
     inside = tmp_path / "deep" / "inside"
-    file = write_picture(inside, name, encoded(0))
+    file = write_picture(inside, name, encoded(0), set())
     assert file is not None
     assert file.resolve().is_relative_to(inside.resolve())
     assert not any(part.startswith((".", "-")) for part in file.relative_to(inside).parts)
@@ -58,11 +62,19 @@ def test_different_ids_never_share_a_file_and_plain_ones_keep_their_name() -> No
     assert safe_name("face/002.png", ".png") == Path("face/002.png")
 
 
+def test_ids_that_differ_in_case_only_are_two_files_even_where_the_file_system_takes_them_for_one(tmp_path: Path) -> None:
+    taken: set[str] = set()
+    files = [write_picture(tmp_path, name, encoded(i), taken) for i, name in enumerate(["Face", "face", "FACE"])]
+    assert len({str(file).lower() for file in files}) == 3
+    assert [file.read_bytes() for file in files if file] == [encoded(0), encoded(1), encoded(2)]
+
+
 def test_two_ids_for_one_name_are_both_written(tmp_path: Path) -> None:
-    files = [write_picture(tmp_path, name, encoded(i)) for i, name in enumerate(["a", "a.png"])]
+    taken: set[str] = set()
+    files = [write_picture(tmp_path, name, encoded(i), taken) for i, name in enumerate(["a", "a.png"])]
     assert [file.read_bytes() for file in files if file] == [encoded(0), encoded(1)]
     with pytest.raises(FileExistsError, match="two rows with the id 'a'"):
-        write_picture(tmp_path, "a", encoded(2)) and write_picture(tmp_path, "a", encoded(3))
+        write_picture(tmp_path, "a", encoded(2), taken) and write_picture(tmp_path, "a", encoded(3), taken)
 
 
 def test_files_hold_the_very_bytes_and_rows_without_a_picture_are_counted(tmp_path: Path) -> None:

@@ -54,6 +54,17 @@ def test_what_changed_is_named_with_both_values(changes: dict[str, Any], says: l
     assert differences(request(tiny_run), request(replace(tiny_run, **changes))) == says
 
 
+def test_which_rows_and_columns_are_taken_is_part_of_the_request_and_how_much_memory_they_may_take_is_not(tiny_run: Run) -> None:
+    found, source = find(tiny_run.source), tiny_run.source
+    before = request_of(tiny_run, found, None)
+    asked = replace(found, source=replace(source, where="age > 3", columns=("caption",)))
+    assert differences(before, request_of(tiny_run, asked, None)) == [
+        'columns was nothing, now ["caption"]',
+        "where was nothing, now age > 3",
+    ]
+    assert differences(before, request_of(tiny_run, replace(found, source=replace(source, max_block_bytes=2**22)), None)) == []
+
+
 def test_other_contents_of_the_input_under_the_same_names_are_another_request(tiny_run: Run) -> None:
     before = request(tiny_run)
     file = Path(tiny_run.source.path, "3.png")

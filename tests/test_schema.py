@@ -1,15 +1,17 @@
 """What would be lost: tables that plain pyarrow and Hugging Face datasets open as pictures, and that say how they were made."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import schema
-from pipeline.codec import latents_to_arrow
+from pipeline.codec import encode_png, latents_to_arrow
 
 USER = pa.schema(
     [
@@ -66,7 +68,7 @@ def test_pictures_latents_and_nested_columns_have_their_hugging_face_features() 
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.map_(pa.string(), pa.int8()), pa.list_(pa.duration("s")), pa.struct([("t", pa.time64("us"))])], ids=str
+    "kind", [pa.map_(pa.string(), pa.int8()), pa.list_(pa.date64()), pa.struct([("b", pa.list_(pa.month_day_nano_interval()))])], ids=str
 )
 def test_a_type_without_a_known_feature_leaves_the_features_to_the_reader(kind: pa.DataType) -> None:
     columns = schema.latents_schema(pa.schema([("odd", kind)]), 4, ABOUT)
@@ -94,6 +96,29 @@ def test_a_type_without_a_known_feature_leaves_the_features_to_the_reader(kind: 
 )
 def test_plain_values_are_named_as_in_datasets(kind: pa.DataType, dtype: str) -> None:
     assert schema.feature(kind) == {"_type": "Value", "dtype": dtype}
+
+
+def test_hugging_face_datasets_shows_pictures_beside_the_users_columns_of_many_kinds(tmp_path: Path) -> None:
+    import datasets
+
+    user = {
+        "boxes": pa.array([[{"left": 1}, None], None], pa.list_(pa.struct([("left", pa.int32())]))),
+        "kind": pa.array(["a", None]).dictionary_encode(),
+        "price": pa.array([Decimal("1.50"), None], pa.decimal128(7, 2)),
+        "when": pa.array([0, None], pa.timestamp("us", "UTC")),
+        "nothing": pa.nulls(2),
+        "story": pa.array(["x", None], pa.large_string()),
+    }
+    columns = schema.latents_schema(pa.schema([(name, column.type) for name, column in user.items()]), 4, ABOUT)
+    image = [{"bytes": encode_png(np.zeros((3, 5, 7), np.uint8)), "path": None}, None]
+    latents = latents_to_arrow([np.ones((3, 4, 4)), None], 4)
+    pq.write_table(pa.table([["a", "b"], image, *user.values(), latents, [None, "bad"]], schema=columns), tmp_path / "x.parquet")
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows[0]["image"].size == (7, 5)
+    assert rows[1]["image"] is None
+    assert rows[0]["latent"] == [1.0] * 48
+    assert rows[0]["boxes"] == [{"left": 1}, None]
+    assert (rows[0]["kind"], rows[0]["price"], rows[0]["story"]) == ("a", Decimal("1.50"), "x")
 
 
 def test_metadata_and_latents_survive_a_parquet_file(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from pipeline import schema
 from pipeline.codec import latents_to_arrow
 from pipeline.config import ConfigError, Source
-from pipeline.sources import Input, check_ids, find, hash_ids, ids, plan_blocks, read_block
+from pipeline.ids import check_ids, hash_ids, ids
+from pipeline.sources import Input, find, plan_blocks, read_block
 
 SavePictures = Callable[..., Path]
 
@@ -120,7 +121,7 @@ def test_without_an_id_column_ids_are_file_and_row_whatever_the_blocks(tmp_path:
     for block_rows in (1, 3, 4, 100):
         assert [row["id"] for row in all_rows(tmp_path, block_rows)] == want
     found = found_at(tmp_path)
-    assert [i for batch in ids(found, plan_blocks(found, 3)) for i in batch] == want
+    assert [i for batch in ids(found) for i in batch] == want
 
 
 @pytest.mark.parametrize(
@@ -136,9 +137,8 @@ def test_without_an_id_column_ids_are_file_and_row_whatever_the_blocks(tmp_path:
 def test_ids_become_text_in_the_order_of_the_rows(tmp_path: Path, values: Any) -> None:
     write(tmp_path / "x.parquet", id=values, image=[b"", b"", b""])
     found = found_at(tmp_path)
-    blocks = plan_blocks(found, 1)
     assert [row["id"] for row in all_rows(tmp_path)] == ["3", "1", "2"]
-    assert np.array_equal(check_ids(found, blocks), hash_ids(iter([["1", "2", "3"]])))
+    assert np.array_equal(check_ids(found), np.sort(hash_ids(["1", "2", "3"])))
 
 
 def test_user_columns_pass_through_with_nested_and_null_values(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_blocks_hold_every_row_once_and_in_order_and_open_no_row_group_twice(tmp
             assert all(block.rows >= block_rows for block in blocks[:-1])
             opened = Counter((f, g) for b in blocks for f, groups in zip(b.files, b.groups or (), strict=True) for g in groups)
             assert set(opened.values()) == {1}
-            assert [i for batch in ids(found, blocks) for i in batch] == names
+            assert [i for batch in ids(found) for i in batch] == names
 
 
 def test_the_limit_keeps_the_first_rows_and_opens_no_file_beyond_them(save_pictures: SavePictures) -> None:
@@ -256,8 +256,8 @@ def test_latents_of_two_runs_are_not_taken_for_one(tmp_path: Path) -> None:
 
 def test_an_address_with_nothing_there_says_so(tmp_path: Path) -> None:
     assert "there is nothing at" in problems_of(tmp_path / "missing")
-    assert "give a Parquet file, a folder of them, or a folder of pictures" in problems_of(tmp_path / "missing")
-    assert problems_of(tmp_path).startswith(f"{tmp_path} is empty; expected are .parquet files or pictures")
+    assert "give Parquet, tar or picture files, or a folder of one kind of them" in problems_of(tmp_path / "missing")
+    assert problems_of(tmp_path).startswith(f"{tmp_path} is empty; expected are .parquet files, .tar files or pictures")
     (tmp_path / "notes.txt").touch()
     assert "holds no input; expected are" in problems_of(tmp_path)
     assert "holds no input; expected are" in problems_of(tmp_path / "notes.txt")
@@ -332,44 +332,3 @@ def test_files_with_other_columns_or_types_are_named(tmp_path: Path) -> None:
 def test_a_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
     assert "the names of 1 pictures in" in problems_of(tmp_path)
-
-
-def checked(path: Path, **options: Any) -> np.ndarray:
-    found = found_at(path, **options)
-    return check_ids(found, plan_blocks(found, 2))
-
-
-def test_ids_that_stand_twice_are_refused_with_examples_across_blocks_and_files(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a.parquet", ["a", "b", "c", "a"], groups=1)
-    write_rows(tmp_path / "b.parquet", ["d", "a", "c"], groups=1)
-    with pytest.raises(ConfigError, match=r"ids must be unique, but column 'id' has 'a' \(3 times\), 'c' \(2 times\)$"):
-        checked(tmp_path)
-
-
-def test_numbers_that_read_alike_are_one_id(tmp_path: Path) -> None:
-    write_rows(tmp_path / "x.parquet", [7, 8, 7])
-    with pytest.raises(ConfigError, match=r"'7' \(2 times\)"):
-        checked(tmp_path)
-
-
-@pytest.mark.parametrize("names", [["a", None], [None, None, "a"]])
-def test_null_ids_are_refused_with_their_number(tmp_path: Path, names: list[str | None]) -> None:
-    write(tmp_path / "x.parquet", id=names, image=[b"x"] * len(names))
-    with pytest.raises(ConfigError, match=f"column 'id' has {names.count(None)} null ids; every row needs its own"):
-        checked(tmp_path)
-
-
-def test_an_id_beyond_the_limit_is_nobodys_business(tmp_path: Path) -> None:
-    write_rows(tmp_path / "x.parquet", ["a", "b", "a"])
-    assert len(checked(tmp_path, limit=2)) == 2
-    with pytest.raises(ConfigError):
-        checked(tmp_path)
-
-
-def test_the_hashes_of_ids_tell_sets_apart_and_not_orders() -> None:
-    one, other = hash_ids(iter([["a", "b"], ["c"]])), hash_ids(iter([["c"], ["b", "a"]]))
-    assert np.array_equal(one, other)
-    assert one.dtype == np.uint64
-    assert not np.array_equal(one, hash_ids(iter([["a", "b", "d"]])))
-    assert len(hash_ids(iter([]))) == 0
-    assert len(set(hash_ids(iter([[None], ["None"], [""]])).tolist())) == 3

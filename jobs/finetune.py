@@ -106,6 +106,7 @@ def finetune(
 
     diffusionclip finetune out/latents out/models --name ginger --source-text face --target-text "face with ginger hair"
     """
+    from jobs.planning import only_planned
     from jobs.session import ray_session
     from pipeline.training import make_tune_plan
 
@@ -133,6 +134,8 @@ def finetune(
     chosen = wanted_attributes(domain, attribute or [], (name, source_text, target_text))
     others = {"workers": workers, "gpus": gpus, "cpus": cpus, "clips": tuple(clip or ()), "identity": identity, "max_pixels": max_pixels}
     runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
+    if only_planned(runs):
+        return
     plans = [make_tune_plan(run) for run in runs]
     advise(runs, chosen)
     with ray_session(address, verbose):

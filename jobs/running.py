@@ -15,9 +15,12 @@ class TooManyRejectsError(RuntimeError):
 
 def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None:
     """Plans (before Ray starts), runs, reports. Raises ConfigError, AuditError or TooManyRejectsError."""
+    from jobs.planning import only_planned
     from jobs.session import ray_session
     from pipeline.dataset import make_plan
 
+    if only_planned([run]):
+        return
     plan = make_plan(run)
     with ray_session(address, verbose):
         run_plan(plan, name)

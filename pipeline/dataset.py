@@ -98,9 +98,7 @@ def make_plan(run: Run) -> Plan:
         found = find(run.source)
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
-    problems += (
-        _latent_problems(run, found) + _edit_problems(run) + _clip_problems(run) + _name_problems(run, found) + _output_problems(run)
-    )
+    problems += _latent_problems(run, found) + _edit_problems(run) + problems_without_weights(run, found)
     if problems:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
@@ -114,6 +112,11 @@ def make_plan(run: Run) -> Plan:
         done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
     ids = check_ids(found, blocks)
     return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending)
+
+
+def problems_without_weights(run: Run, found: Input) -> list[str]:
+    """Of input, output and scores: what can be told without the weights of any diffusion model."""
+    return _clip_problems(run) + _name_problems(run, found) + _output_problems(run)
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:

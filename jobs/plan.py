@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,7 +156,7 @@ def figures_of(prospect: "Prospect", speed: "Speed | None", price: float | None)
             "latents": prospect.latents,
             "checkpoints_meanwhile": round(prospect.meanwhile),
         },
-        "cpu_seconds": _rounded(work.cpu_seconds),
+        "cpu_seconds": round(work.cpu_seconds, 2),
         "speed": asdict(speed) if speed else None,
         "workers": prospect.workers,
         "gpus": prospect.gpus,
@@ -203,7 +203,7 @@ def lines(prospect: "Prospect", figures: Mapping[str, Any]) -> list[tuple[str, s
     table = [
         ("rows", f"{work.rows:,}{done}"),
         ("model calls an image", f"{prospect.calls:,}"),
-        ("model calls", about(work.calls)),
+        ("model calls", f"{work.calls:,}"),
     ]
     if sizes["read"] is not None:
         table.append(("read", size(sizes["read"])))
@@ -212,34 +212,40 @@ def lines(prospect: "Prospect", figures: Mapping[str, Any]) -> list[tuple[str, s
         table.append(("of that, latents (float16)", f"{sizes['latents']:,} bytes"))
     if sizes["checkpoints_meanwhile"]:
         table.append(("checkpoints meanwhile", size(sizes["checkpoints_meanwhile"])))
-    table.append(("computing", f"{about(work.flops / 1e12)} TFLOP"))
+    table.append(("computing", unit(work.flops, FLOP)))
+    if work.cpu_seconds:
+        table.append(("beside it, one CPU core", duration(work.cpu_seconds)))
     if figures["wall_seconds"]:
-        machines = f"{prospect.gpus:g} GPUs" if prospect.gpus else f"{min(prospect.workers, max(1, work.parts))} actors"
+        machines = counted(prospect.gpus, "GPU") if prospect.gpus else counted(min(prospect.workers, max(1, work.parts)), "actor")
         table.append((f"wall time, {machines}", ranged(figures["wall_seconds"], duration)))
     if figures["gpu_hours"]:
-        table.append(("GPU-hours", ranged(figures["gpu_hours"], lambda hours: f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}")))
+        table.append(("GPU-hours", ranged(figures["gpu_hours"], about)))
     if figures["price"]:
-        table.append((f"price at {figures['price_per_gpu_hour']:g} a GPU-hour", ranged(figures["price"], lambda p: f"{about(p)}")))
+        table.append((f"price at {figures['price_per_gpu_hour']:g} a GPU-hour", ranged(figures["price"], about)))
     return table
 
 
 def explained(prospect: "Prospect", figures: Mapping[str, Any]) -> list[str]:
     """What the figures rest on."""
-    notes = [f"a model call of one image is {about(prospect.call_flops / 1e9)} GFLOP, counted from the network's shapes"]
+    notes = [f"a model call of one image is {unit(prospect.call_flops, FLOP)}, counted from the network's shapes"]
     if speed := figures["speed"]:
-        notes.append(f"{about(speed['flops'] / 1e12)} TFLOP/s, {speed['about']}; ranges are from {span(speed)} TFLOP/s")
+        low, likely, high = (unit(speed[name], FLOP) for name in ("slowest", "flops", "fastest"))
+        notes.append(f"{likely}/s, {speed['about']}; the ranges are of {low}/s to {high}/s and of nothing else")
         notes.append("starting machines and loading networks come on top")
     else:
         notes.append("how long it takes is unknown: the table has only GPUs (--gpus 1); --measure measures this machine's CPU")
     if prospect.sample:
-        notes.append(f"sizes are of {prospect.sample.rows} sampled rows; an edit is taken to be as large as its source, or as that with noise")
+        notes.append(
+            f"sizes and the CPU's work are of {prospect.sample.rows} sampled rows; an edit is taken to be as large as its source as PNG, "
+            "or as that with noise of one step in 255"
+        )
         if rejects := prospect.sample.reasons:
             notes.append(f"{len(rejects)} of {prospect.sample.rows} sampled rows would be rejected, e.g.: {rejects[0]}")
     return notes + list(prospect.notes)
 
 
-def span(speed: Mapping[str, Any]) -> str:
-    return f"{about(speed['slowest'] / 1e12)} to {about(speed['fastest'] / 1e12)}"
+def counted(number: float, thing: str) -> str:
+    return f"{number:g} {thing}" if number == 1 else f"{number:g} {thing}s"
 
 
 def ranged(values: list[float], word: Callable[[float], str]) -> str:
@@ -254,18 +260,24 @@ def between(values: list[float], word: Callable[[float], str]) -> str:
 
 
 def about(value: float) -> str:
-    """Two digits that count, or more where the number is whole and small: 497, 0.12, 40,000,000."""
-    if value >= 1e15:
-        return f"{value:.2g}"
-    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+    """Two digits below 10, else whole: 0.12, 497, 40,000,000."""
+    return f"{value:.2g}" if value < 9.95 else f"{value:,.0f}"
+
+
+BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
+FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
+
+
+def unit(value: float, names: Sequence[str]) -> str:
+    """Three digits and the name of the power of 1000."""
+    power = 0
+    while value >= 999.5 and power < len(names) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {names[power]}"
 
 
 def size(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+    return unit(value, BYTES)
 
 
 def duration(seconds: float) -> str:

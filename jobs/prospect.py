@@ -61,10 +61,16 @@ def of_run(run: Run, known: Sequence[str] = (), rows: int | None = None) -> Pros
 
     problems, notes = list(known), list[str]()
     found, plan = _look(run, problems, notes)
-    networks = _networks(run.domain, problems, clips=[run.clip] if run.clip else [], identity=run.identity is not None)
+    networks = _networks(
+        run.domain, problems, clips=[run.clip] if run.clip and any(e.parts for e in run.edits) else [], identity=run.identity is not None
+    )
     blocks = plan.blocks if plan else plan_blocks(found, run.resources.block_rows)
     done = plan.done if plan and rows is None else Done()
-    left = [b.rows for b in blocks if b.start not in done.starts] if rows is None else _cut(rows, max(run.resources.block_rows, blocks[0].rows))
+    left = (
+        [b.rows for b in blocks if b.start not in done.starts]
+        if rows is None
+        else _cut(rows, max(run.resources.block_rows, blocks[0].rows))
+    )
     edits = [o.edit for o in plan.pending if o.edit] if plan and rows is None else list(run.edits)
     factors = tuple(_factors()) if run.domain.judge else ()
     seen = sample(found, blocks, run.domain.image_size, factors, run.resources.max_pixels)
@@ -170,7 +176,7 @@ def of_tuning(runs: Sequence[TuneRun], parallel: int, known: Sequence[str] = ())
     run, problems, notes = runs[0], list(known), list[str]()
     rows = _latent_rows(runs, problems, notes)
     networks = _networks(run.domain, problems, clips=run.loss_clips, identity=bool(run.tuning.id_weight), tuning=run)
-    work, size = tuning_work(rows, run.tuning, run.recipe, networks), _trained_size(run)
+    work, size = tuning_work(rows, run.tuning, networks), networks.trained
     copies = 3 + bool(run.tuning.ema) + bool(run.tuning.patience)  # weights, two moments, average, best
     count, at_once = len(runs), min(parallel, len(runs))
     total = replace(work, calls=work.calls * count, flops=work.flops * count, parts=count)
@@ -217,32 +223,21 @@ def _latent_rows(runs: Sequence[TuneRun], problems: list[str], notes: list[str])
         return tuning.images + tuning.held_out
 
 
-def _trained_size(run: TuneRun) -> int:
-    """Numbers that an edit model holds."""
-    from models.flops import network_config, network_of, training_flops
-
-    network = network_of(network_config(run.domain))
-    if run.tuning.rank is None:
-        return sum(p.numel() for p in network.parameters())
-    training_flops(network, run.tuning.rank)  # adds the low-rank weights
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
-
-
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
-def _networks(
-    domain: "Domain", problems: list[str], clips: Sequence[str], identity: bool, tuning: TuneRun | None = None
-) -> Networks:
+def _networks(domain: "Domain", problems: list[str], clips: Sequence[str], identity: bool, tuning: TuneRun | None = None) -> Networks:
     """Counted from shapes. Raises ConfigError with ``problems`` and why, if the shapes cannot be had."""
     from models.flops import call_flops, clip_flops, identity_flops, network_config, network_of, training_flops
     from models.references import WeightsError
 
     try:
         config = network_config(domain)
+        training, trained = training_flops(network_of(config), tuning.tuning.rank) if tuning else (0, 0)
         return Networks(
             call=call_flops(network_of(config)),
-            training=training_flops(network_of(config), tuning.tuning.rank) if tuning else 0.0,
+            training=training,
+            trained=trained,
             clip=sum(map(clip_flops, clips)),
             identity=identity_flops() if identity else 0.0,
         )

@@ -4,9 +4,9 @@ A multiplication and an addition are two. Normalisation, activations and resampl
 what tensor cores do: convolutions, matrix products, attention).
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,8 +55,9 @@ def call_flops(network: Any) -> int:
         return counted(lambda: network(x, t, class_labels=labels))
 
 
-def training_flops(network: Any, rank: int | None) -> int:
-    """Of one call and its backward pass, for one image; with a rank, of low-rank weights on a frozen network, which are added to it."""
+def training_flops(network: Any, rank: int | None) -> tuple[int, int]:
+    """Of one call and its backward pass, for one image, and how many numbers are trained: all of the network's, or with a rank
+    those of low-rank weights, which are added to it."""
     if rank is not None:
         from models import lora
 
@@ -66,7 +67,8 @@ def training_flops(network: Any, rank: int | None) -> int:
         network.requires_grad_(True)
     x, t = example(network)
     labels = None if network.config.num_class_embeds is None else t
-    return counted(lambda: network(x.requires_grad_(True), t, class_labels=labels)[0].sum().backward())
+    flops = counted(lambda: network(x.requires_grad_(True), t, class_labels=labels)[0].sum().backward())
+    return flops, sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def network_of(config: Mapping[str, Any]) -> Any:
@@ -87,13 +89,25 @@ def clip_flops(reference: str) -> int:
             found = first_in(reference, [CLIP_CONFIG])
             if found is None:
                 raise WeightsError(f"{public(reference)} has no {CLIP_CONFIG}")
-            model: Any = open_clip.model.CLIP(**read_json(Path(found[1]))["model_cfg"])
+            model: Any = open_clip.model.CLIP(**read_json(found[1])["model_cfg"])
         else:
-            model = open_clip.create_model(model_and_tag(reference)[0], load_weights=False, pretrained_text=False, device="meta")
+            model = _without_weights(model_and_tag(reference)[0])
         side = model.visual.image_size
         height, width = side if isinstance(side, tuple) else (side, side)
         with torch.no_grad():
+            model.eval()
             return counted(lambda: model.encode_image(torch.zeros(1, 3, height, width)))
+
+
+def _without_weights(name: str) -> Any:
+    """A CLIP of open_clip's table, without its warning that there are no weights."""
+    import open_clip
+
+    logging.disable(logging.WARNING)
+    try:
+        return open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @cache

@@ -83,10 +83,10 @@ def measured(
             took.append(_seconds_of(lambda: model(x, t), device))
             on_call(len(took), sum(took[WARM_UP:]))
     timed = took[WARM_UP:]
-    about = f"measured on this machine's {_named(device)}: {len(timed)} calls of {batch} images, {min(timed):.3g} to {max(timed):.3g} s each"
-    return Speed(
-        flops=flops * len(timed) / sum(timed), slowest=flops / max(timed), fastest=flops / min(timed), measured=True, about=about
+    about = (
+        f"measured on this machine's {_named(device)}: {len(timed)} calls of {batch} images, {min(timed):.3g} to {max(timed):.3g} s each"
     )
+    return Speed(flops=flops * len(timed) / sum(timed), slowest=flops / max(timed), fastest=flops / min(timed), measured=True, about=about)
 
 
 def _seconds_of(call: Callable[[], Any], device: str) -> float:

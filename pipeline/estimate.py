@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from models.recipe import Recipe, Tuning
+from models.recipe import Tuning
 from pipeline import codec, schema
 from pipeline.config import Resources
 from pipeline.sources import Block, Input, read_block
@@ -146,6 +146,8 @@ class Networks:
     call: float
     training: float = 0.0
     """A call and its backward pass."""
+    trained: int = 0
+    """Numbers that training changes."""
     clip: float = 0.0
     """All CLIPs together."""
     identity: float = 0.0
@@ -181,11 +183,11 @@ def pass_work(blocks: Sequence[int], batch: int, calls: int, networks: Networks,
     return Work(rows=rows, images=images, calls=images * calls, flops=flops, parts=len(blocks))
 
 
-def tuning_work(rows: int, tuning: Tuning, recipe: Recipe, networks: Networks) -> Work:
+def tuning_work(rows: int, tuning: Tuning, networks: Networks) -> Work:
     """Of teaching one attribute with at most ``rows`` latents, if no training stops early."""
     available = min(rows, tuning.images + tuning.held_out)
     held_out = min(tuning.held_out, available // 2)
-    images, steps = min(tuning.images, available - held_out), recipe.calls_down if tuning.steps_down is None else tuning.steps_down
+    images, steps = min(tuning.images, available - held_out), tuning.steps_down
     trained, judged = images * tuning.epochs * steps, held_out * tuning.epochs * steps
     referred = (images + held_out) * steps if tuning.reference == "reconstruction" else 0
     again = trained if tuning.memory == "checkpoint" else 0

@@ -61,21 +61,18 @@ def of_run(run: Run, known: Sequence[str] = (), rows: int | None = None) -> Pros
 
     problems, notes = list(known), list[str]()
     found, plan = _look(run, problems, notes)
-    networks = _networks(
-        run.domain, problems, clips=[run.clip] if run.clip and any(e.parts for e in run.edits) else [], identity=run.identity is not None
-    )
+    clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
+    networks = _networks(run.domain, problems, clips=clips, identity=run.identity is not None)
     blocks = plan.blocks if plan else plan_blocks(found, run.resources.block_rows)
-    done = plan.done if plan and rows is None else Done()
-    left = (
-        [b.rows for b in blocks if b.start not in done.starts]
-        if rows is None
-        else _cut(rows, max(run.resources.block_rows, blocks[0].rows))
-    )
-    edits = [o.edit for o in plan.pending if o.edit] if plan and rows is None else list(run.edits)
-    factors = tuple(_factors()) if run.domain.judge else ()
-    seen = sample(found, blocks, run.domain.image_size, factors, run.resources.max_pixels)
-    up = 0 if found.has_latents else run.recipe.calls_up
-    calls = up + sum(_calls_down(run, edit, plan) for edit in edits)
+    if plan and rows is None:
+        done, edits = plan.done, [output.edit for output in plan.pending if output.edit]
+    else:
+        done, edits = Done(), list(run.edits)
+    left = [b.rows for b in blocks if b.start not in done.starts]
+    if rows is not None:
+        left = _cut(rows, max(run.resources.block_rows, blocks[0].rows))
+    seen = sample(found, blocks, run.domain.image_size, _factors(run.domain), run.resources.max_pixels)
+    calls = (0 if found.has_latents else run.recipe.calls_up) + sum(_calls_down(run, edit, plan) for edit in edits)
     work = pass_work(left, run.resources.batch, calls, networks, (sum(bool(e.parts) for e in edits), len(edits)))
     each = (0 if found.has_latents else seen.decoding) + len(edits) * (seen.encoding + seen.decoding + seen.scoring)
     return Prospect(
@@ -134,7 +131,10 @@ def _cut(rows: int, block: int) -> list[int]:
     return [min(block, rows - start) for start in range(0, rows, block)]
 
 
-def _factors() -> Sequence[str]:
+def _factors(domain: "Domain") -> tuple[str, ...]:
+    """What the domain's judge reads."""
+    if not domain.judge:
+        return ()
     from models.pixelface.avatars import FACTORS
 
     return tuple(FACTORS)

@@ -83,9 +83,7 @@ def measured(
             took.append(_seconds_of(lambda: model(x, t), device))
             on_call(len(took), sum(took[WARM_UP:]))
     timed = took[WARM_UP:]
-    about = (
-        f"measured on this machine's {_named(device)}: {len(timed)} calls of {batch} images, {min(timed):.3g} to {max(timed):.3g} s each"
-    )
+    about = f"measured on this machine's {_named(device)}: {len(timed)} calls of {batch} images, {min(timed):.2g} to {max(timed):.2g} s"
     return Speed(flops=flops * len(timed) / sum(timed), slowest=flops / max(timed), fastest=flops / min(timed), measured=True, about=about)
 
 

@@ -23,7 +23,6 @@ from pipeline.sources import read_block
 
 FACTOR = 2.0
 """Between which the size of edits is foretold for pictures that are flat, the worst case: the network's noise is most of the file."""
-STEPS = {"steps_up": 3, "steps_down": 3}
 OPTIONS = ("--steps-up", "3", "--batch", "5", "--block-rows", "8")
 
 Told = Callable[..., dict[str, Any]]
@@ -75,7 +74,7 @@ def compute(run: Run, blocks: int) -> tuple[int, int]:
 
 def request(source: Path, output: Path, *names: str) -> Run:
     domain = domain_named("pixelface")
-    recipe = Recipe.from_dict({**domain.recipe.to_dict(), **STEPS})
+    recipe = Recipe.from_dict({**domain.recipe.to_dict(), "steps_up": 3, **({"steps_down": 3} if names else {})})
     edits = make_edits(domain, list(names), [], [1.0], []) if names else ()
     resources = Resources(workers=2, batch=5, block_rows=8)
     return Run(source=Source(path=str(source)), output=str(output), domain=domain, recipe=recipe, edits=edits, resources=resources)
@@ -127,7 +126,7 @@ def test_a_million_images_of_a_domain_whose_weights_are_not_here(
     told: Told, faces: Path, tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    asked = ("--domain", "celebahq-256", "--rows", "1000000", "--workers", "8", "--gpus", "1", "--gpu-type", "h100")
+    asked = ("--domain", "celebahq-256", "--limit", "4", "--rows", "1000000", "--workers", "8", "--gpus", "1", "--gpu-type", "h100")
     found = told("invert", faces, tmp_path / "out", *asked, "--price-per-gpu-hour", "2")
     assert found["model_calls"]["all"] == 20 * 1_000_000
     assert found["bytes"]["latents"] == 1_000_000 * 3 * 256 * 256 * 2
@@ -139,8 +138,6 @@ def test_a_million_images_of_a_domain_whose_weights_are_not_here(
     assert likely == pytest.approx(8 * found["wall_seconds"][1] / 3600)
     assert found["price"] == pytest.approx([2 * hours for hours in found["gpu_hours"]])
     assert any("not on this machine" in note for note in found["notes"])
-    slow = told("invert", faces, tmp_path / "out", *asked, "--utilisation", "0.175")
-    assert slow["speed"]["flops"] == pytest.approx(found["speed"]["flops"] / 2)
     assert "did you mean 'h100'" in told("invert", faces, tmp_path / "out", *asked[:-1], "h10", status=2)["errors"]
 
 

@@ -186,8 +186,8 @@ def pass_work(blocks: Sequence[int], batch: int, calls: int, networks: Networks,
 def tuning_work(rows: int, tuning: Tuning, networks: Networks) -> Work:
     """Of teaching one attribute with at most ``rows`` latents, if no training stops early."""
     available = min(rows, tuning.images + tuning.held_out)
-    held_out = min(tuning.held_out, available // 2)
-    images, steps = min(tuning.images, available - held_out), tuning.steps_down
+    held_out = min(tuning.held_out, available)
+    images, steps = available - held_out, tuning.steps_down
     trained, judged = images * tuning.epochs * steps, held_out * tuning.epochs * steps
     referred = (images + held_out) * steps if tuning.reference == "reconstruction" else 0
     again = trained if tuning.memory == "checkpoint" else 0

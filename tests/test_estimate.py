@@ -65,8 +65,9 @@ def test_calls_of_training_are_those_that_training_makes(changes: dict, tiny_dom
 
 def test_fewer_latents_than_asked_for_are_fewer_calls() -> None:
     tuning = Tuning(images=48, held_out=10, epochs=1, steps_down=2)
-    assert tuning_work(8, tuning, Networks(call=1.0)).rows == 8
-    assert tuning_work(8, tuning, Networks(call=1.0)).images == 4
+    assert tuning_work(25, tuning, Networks(call=1.0)).images == 15
+    assert tuning_work(25, tuning, Networks(call=1.0)).calls == 2 * 25
+    assert tuning_work(10_000, tuning, Networks(call=1.0)).images == 48
 
 
 def test_the_last_batch_of_each_block_is_filled_up() -> None:

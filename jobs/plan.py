@@ -84,8 +84,11 @@ EXAMPLES = {
 def tell(found: Planning, asked: Mapping[str, Any]) -> None:
     """Prints what the planned requests come to. Raises ConfigError with all that stands in their way."""
     from jobs.prospect import of_run, of_tuning
-    from pipeline.config import ConfigError, Run
+    from models.speed import GPUS
+    from pipeline.config import ConfigError, Run, unknown
 
+    if asked["gpu_type"] not in GPUS:
+        raise ConfigError(*found.problems, unknown("GPU", asked["gpu_type"], sorted(GPUS)) + "; or --measure on one")
     if isinstance(found.requests[0], Run):
         prospect = of_run(found.requests[0], found.problems, asked["rows"])
     else:
@@ -102,13 +105,11 @@ def tell(found: Planning, asked: Mapping[str, Any]) -> None:
 
 def speed_of(prospect: "Prospect", asked: Mapping[str, Any]) -> "Speed | None":
     """Measured or assumed as it was asked for; None for CPUs that were not measured. Raises ConfigError."""
-    from models.speed import GPUS, assumed
-    from pipeline.config import ConfigError, unknown
+    from models.speed import assumed
+    from pipeline.config import ConfigError
 
     if asked["measure"]:
         return measure(prospect, bool(asked["as_json"]))
-    if asked["gpu_type"] not in GPUS:
-        raise ConfigError(*prospect.problems, unknown("GPU", asked["gpu_type"], sorted(GPUS)) + "; or --measure on one")
     if not prospect.gpus:
         return None
     try:

@@ -228,7 +228,7 @@ def _latent_rows(runs: Sequence[TuneRun], problems: list[str], notes: list[str])
 
 def _networks(domain: "Domain", problems: list[str], clips: Sequence[str], identity: bool, tuning: TuneRun | None = None) -> Networks:
     """Counted from shapes. Raises ConfigError with ``problems`` and why, if the shapes cannot be had."""
-    from models.flops import call_flops, clip_flops, identity_flops, network_config, network_of, training_flops
+    from models.flops import call_flops, identity_flops, network_config, network_of, training_flops
     from models.references import WeightsError
 
     try:
@@ -238,11 +238,23 @@ def _networks(domain: "Domain", problems: list[str], clips: Sequence[str], ident
             call=call_flops(network_of(config)),
             training=training,
             trained=trained,
-            clip=sum(map(clip_flops, clips)),
+            clip=sum(_clip_flops(clip, problems) for clip in clips),
             identity=identity_flops() if identity else 0.0,
         )
     except WeightsError as error:
         raise ConfigError(*problems, str(error)) from None
+
+
+def _clip_flops(clip: str, problems: list[str]) -> int:
+    """0 for a CLIP that cannot be had, which is added to ``problems``."""
+    from models.flops import clip_flops
+    from models.references import WeightsError
+
+    try:
+        return clip_flops(clip)
+    except WeightsError as error:
+        problems.append(str(error))
+        return 0
 
 
 def missing_weights(domain: "Domain") -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.clip import CONFIG as CLIP_CONFIG
-from models.clip import is_folder, model_and_tag
+from models.clip import clip_problems, is_folder, model_and_tag
 from models.conversion import config_of, empty_network
 from models.domains import Domain
 from models.fetching import first_in
@@ -84,6 +84,8 @@ def clip_flops(reference: str) -> int:
     """Of a CLIP's look at one picture. Raises WeightsError if there is no such CLIP, or its configuration cannot be had."""
     import open_clip
 
+    if problems := clip_problems(reference):
+        raise WeightsError(" ".join(problems))
     with torch.device("meta"):
         if is_folder(reference):
             found = first_in(reference, [CLIP_CONFIG])

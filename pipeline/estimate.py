@@ -73,14 +73,14 @@ def sample(found: Input, blocks: Sequence[Block], size: int, factors: Sequence[s
     decoding, _ = timed(lambda: codec.decode_column(table["image"], size, max_pixels))
     encoding, plain = timed(lambda: [codec.encode_png(p) for p in good])
     noisy = [codec.encode_png(p) for p in with_noise(good)]
-    edits = schema.edits_schema(found.user_columns, factors, {})
-    rows = max(1, len(table))
+    latents, edits = schema.latents_schema(found.user_columns, size, {}), schema.edits_schema(found.user_columns, factors, {})
+    rows, of_file = len(table), blocks[0].rows
     return Sample(
         rows=len(table),
         reasons=tuple(error for error in errors if error),
         read=bytes_read(found),
-        latents=bytes_written(latents_table(table, pictures, size), schema.latents_schema(found.user_columns, size, {})) / rows,
-        edits=(bytes_written(edits_table(table, plain), edits) / rows, bytes_written(edits_table(table, noisy), edits) / rows),
+        latents=bytes_written(latents_table(table, pictures, size), latents, of_file),
+        edits=(bytes_written(edits_table(table, plain), edits, of_file), bytes_written(edits_table(table, noisy), edits, of_file)),
         decoding=decoding / rows,
         encoding=encoding / rows,
         scoring=timed(lambda: compare(good, plain))[0] / rows,
@@ -128,12 +128,15 @@ def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     return (table.drop_columns([name]) if name in table.column_names else table).append_column(name, column)
 
 
-def bytes_written(table: pa.Table, columns: pa.Schema) -> int:
-    """Of one Parquet file, written as runs write theirs; columns that the rows lack are null."""
+def bytes_written(table: pa.Table, columns: pa.Schema, of_file: int) -> float:
+    """Bytes a row of Parquet files of so many rows, written as runs write theirs; columns that the rows lack are null."""
     there = {f.name: table[f.name] if f.name in table.column_names else pa.nulls(len(table), f.type) for f in columns}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(there).cast(columns), sink, row_group_size=ROW_GROUP, write_page_index=True)
-    return sink.getvalue().size
+    whole, written = pa.table(there).cast(columns), 0
+    for start in range(0, len(whole), of_file):
+        sink = pa.BufferOutputStream()
+        pq.write_table(whole.slice(start, of_file), sink, row_group_size=ROW_GROUP, write_page_index=True)
+        written += sink.getvalue().size
+    return written / len(whole)
 
 
 # ---- computing -------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ def sample(found: Input, blocks: Sequence[Block], size: int, factors: Sequence[s
     good = [p for p in pictures if p is not None]
     decoding, _ = timed(lambda: codec.decode_column(table["image"], size, max_pixels))
     encoding, plain = timed(lambda: [codec.encode_png(p) for p in good])
+    compare(good[:1], plain[:1])  # the first time imports and allocates
     noisy = [codec.encode_png(p) for p in with_noise(good)]
     latents, edits = schema.latents_schema(found.user_columns, size, {}), schema.edits_schema(found.user_columns, factors, {})
     rows, of_file = len(table), blocks[0].rows

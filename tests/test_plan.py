@@ -19,6 +19,7 @@ from models.unet import load_base
 from pipeline.config import Resources, Run, Source
 from pipeline.dataset import Worker, make_plan, pack
 from pipeline.manifest import write_manifest
+from pipeline.resume import clear
 from pipeline.sources import read_block
 
 FACTOR = 2.0
@@ -62,6 +63,8 @@ def compute(run: Run, blocks: int) -> tuple[int, int]:
 
     handle = load_base(run.domain.weights).register_forward_hook(count)  # copies of the base model count as well
     try:
+        for output in plan.pending:
+            clear(output.folder, lambda name: True)
         worker = Worker(run, plan.pending, plan.found.has_latents)
         for block in [b for b in plan.blocks if b.start not in plan.done.starts][:blocks]:
             worker(pack(read_block(plan.found, block)))

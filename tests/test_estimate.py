@@ -101,5 +101,5 @@ def test_a_sample_says_how_large_rows_are_and_which_are_rejects(tmp_path: Path) 
     assert seen.rows == 10
     assert len(seen.reasons) == 1
     assert seen.latents > 3 * 32 * 32 * 2 * 0.9
-    assert seen.edits[0] < seen.edits[1] < 3 * 32 * 32 * 2
+    assert seen.edits[0] < seen.edits[1] < seen.latents
     assert min(seen.decoding, seen.encoding, seen.scoring) >= 0

@@ -15,6 +15,7 @@ from jobs import (
     invert,
     listing,
     optimize,
+    plan,
     report_command,
     status,
     submit,
@@ -39,6 +40,7 @@ app.command()(evaluate.evaluate)
 app.command()(report_command.report)
 app.command()(export.export)
 app.command()(status.status)
+app.add_typer(plan.app, name="plan")
 app.command(context_settings={"ignore_unknown_options": True})(submit.submit)  # those of the command that it submits
 app.add_typer(submitted.app, name="jobs")
 app.command("import")(import_command.import_checkpoint)

@@ -113,6 +113,7 @@ def finetune(
 
     diffusionclip finetune out/latents out/models --name ginger --source-text face --target-text "face with ginger hair"
     """
+    from jobs.planning import only_planned
     from jobs.progress import console
     from jobs.session import ray_session, refuse_too_much
 
@@ -149,6 +150,8 @@ def finetune(
         "max_pixels": max_pixels,
     }
     runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
+    if only_planned(runs):
+        return
     plans = plan_all(runs)
     for plan in plans:
         if plan.done:

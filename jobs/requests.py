@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jobs.planning import refuse
 from models.attributes import Attribute, attributes_of
 from models.domain_files import domain_from_folder, load_domain_file
 from models.domains import DOMAINS, Domain
@@ -32,7 +33,7 @@ def domain_named(name: str, need_weights: bool = True) -> Domain:
     else:
         raise ConfigError(unknown("domain", name, sorted(DOMAINS)) + "; a folder, a hub name or a domain file may be given as well")
     if need_weights and not domain.weights:
-        raise ConfigError(
+        refuse(
             f"the weights of {domain.name} must be imported first ({domain.origin}): "
             f"diffusionclip import FILE OUT --domain {domain.name}, and then --domain OUT"
         )
@@ -72,7 +73,7 @@ def recipe_for(source: Source, domain: Domain, given: dict[str, Any], edits: Seq
 
 def _common_return_step(edits: Sequence[Edit]) -> dict[str, int]:
     """The return step of all edit models' cards; empty if they name none, or several."""
-    recipes = [load_card(part.file).recipe for part in parts_of(edits)]
+    recipes = [load_card(part.file).recipe for part in parts_of(edits) if part.file]  # a plan may have parts that are still to be made
     steps = {int(recipe["return_step"]) for recipe in recipes if "return_step" in recipe}
     return {"return_step": steps.pop()} if len(steps) == 1 else {}
 
@@ -156,9 +157,13 @@ def _parse_weights(members: str, text: str) -> dict[str, float]:
 
 def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees: Sequence[float], folders: list[str]) -> tuple[Edit, ...]:
     """Every attribute and mix at every degree, 1 if none is given; ``none`` is the reconstruction. Raises ConfigError with all problems."""
-    usable = edit_models(domain, folders)
     edits: list[Edit] = []
     problems: list[str] = []
+    try:
+        usable = edit_models(domain, folders)
+    except WeightsError as error:
+        refuse(str(error))
+        usable = edit_models(domain, [])
     wanted: list[dict[int, dict[str, float]]] = [{0: {name: 1.0} if name != "none" else {}} for name in attributes]
     for text in mixes:
         try:
@@ -174,6 +179,7 @@ def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees:
                 parts.append(part_named(name, sum(row[i] for _, row in rows) / len(rows), domain, usable))
             except ConfigError as error:
                 problems += error.problems
+                parts.append(Part(name=name, file="", weight=0.0, source="", target=""))  # stands in where only a plan is made
         by_range = rows if len(rows) > 1 or rows[0][0] else ()
         edits += [Edit(parts=tuple(parts), degree=degree, ranges=by_range) for degree in (degrees if parts and degrees else [1.0])]
     problems += [f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {d}" for d in degrees if not -5 <= d <= 5]
@@ -182,5 +188,5 @@ def make_edits(domain: Domain, attributes: list[str], mixes: list[str], degrees:
     if not attributes and not mixes:
         problems.append(f"say what to edit with --attribute or --mix; usable are {', '.join(sorted(usable)) or 'no edit models yet'}")
     if problems:
-        raise ConfigError(*problems)
+        refuse(*problems)
     return tuple(edits)

@@ -15,10 +15,13 @@ class TooManyRejectsError(RuntimeError):
 
 def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None:
     """Plans (before Ray starts), runs, reports. Raises ConfigError, JobError or TooManyRejectsError."""
+    from jobs.planning import only_planned
     from jobs.session import ray_session, refuse_too_much
     from pipeline.dataset import make_plan
     from pipeline.faults import explained
 
+    if only_planned([run]):
+        return
     with (
         explained(f"{run.source.path} or {run.output} cannot be used"),
         late_display("look at the input", "files") as on_files,

@@ -112,10 +112,7 @@ def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnF
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     of_cards, notes = card_problems(run)
-    clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
-    problems += latent_problems(run, found) + of_cards + _name_problems(run, found) + _output_problems(run)
-    if clips or run.identity:
-        problems += network_weights_problems(clips, run.identity)
+    problems += latent_problems(run, found) + of_cards + problems_without_weights(run, found)
     if problems:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
@@ -130,6 +127,13 @@ def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnF
         done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
     ids = check_ids(found, lambda rows: on_ids(rows, found.rows))
     return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending, notes=tuple(notes))
+
+
+def problems_without_weights(run: Run, found: Input) -> list[str]:
+    """Of input, output and scores: what can be told without the weights of any diffusion model."""
+    clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
+    problems = network_weights_problems(clips, run.identity) if clips or run.identity else []  # it imports networks
+    return problems + _name_problems(run, found) + _output_problems(run)
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:

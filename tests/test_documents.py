@@ -16,7 +16,15 @@ OFFICIAL = ROOT / "docs" / "from-diffusionclip.md"
 MANUALS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*MANUALS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-OPTIONS = {name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"} for name, command in COMMANDS.items()}
+
+
+def options_of(command: Any) -> set[str]:
+    """Those of the command, and of its commands if it is a group."""
+    own = {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
+    return own.union(*map(options_of, getattr(command, "commands", {}).values()))
+
+
+OPTIONS = {name: options_of(command) for name, command in COMMANDS.items()}
 FLAGS = {
     "modes": "clip_finetune clip_finetune_eff clip_latent_optim edit_images_from_dataset edit_one_image edit_one_image_eff unseen2unseen",
     "run": "config seed exp comment verbose ni align_face",

@@ -30,8 +30,8 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
             ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
-        for name in ("ray.data", "ray.train", "ray"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("ray.data", "ray.train", "ray"):  # what they log as an error is raised as well, and told once
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -55,6 +55,10 @@ Parallel = Annotated[int, typer.Option(help="Attributes trained side by side.", 
 TuneWorkers = Annotated[int, typer.Option(help="Workers that share one attribute.", rich_help_panel=o.MACHINES)]
 
 
+READING = 1.0
+"""CPUs that must be left for the tasks that read latents: workers that hold all of them would wait for these tasks without end."""
+
+
 class TrainingFailedError(RuntimeError):
     """At least one attribute could not be trained; the others are saved."""
 
@@ -115,7 +119,7 @@ def finetune(
     """
     from jobs.planning import only_planned
     from jobs.progress import console
-    from jobs.session import ray_session, refuse_too_much
+    from jobs.session import ray_session, refuse_too_much, side_by_side
 
     numbers = o.given(
         epochs=epochs,
@@ -160,8 +164,8 @@ def finetune(
     advise([plan.run for plan in left], [a for a, plan in zip(chosen, plans, strict=True) if not plan.done])
     if left:
         with ray_session(address, verbose):
-            refuse_too_much(address, gpus, cpus, workers)
-            train(left, parallel)
+            refuse_too_much(address, gpus, cpus, workers, READING)
+            train(left, side_by_side(address, parallel, workers * cpus, READING))
 
 
 def refuse_early(models: Path, parallel: int, numbers: dict[str, Any]) -> None:

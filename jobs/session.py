@@ -33,35 +33,44 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
             ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
     DataContext.get_current().enable_progress_bars = verbose
     if not verbose:
-        for name in ("ray.train", "ray"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is not mended is raised; what is, it prints with tracebacks
+        for name in ("ray.data", "ray.train", "ray"):  # what they log as an error is raised as well, and told once
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def refuse_too_much(address: str | None, gpus: float, cpus: float, workers: int = 1) -> None:
-    """Raises ConfigError if a Ray of this machine has fewer GPUs or CPUs than ``workers`` at the same time need: they would be waited
-    for without end. A cluster may grow, so there it is only said."""
+def refuse_too_much(address: str | None, gpus: float, cpus: float, workers: int = 1, reading: float = 0.0) -> None:
+    """Raises ConfigError if a Ray of this machine has fewer GPUs or CPUs than ``workers`` at the same time need, and ``reading`` beside
+    them: they would be waited for without end. A cluster may grow, so there it is only said."""
     import ray
 
     from jobs.progress import console
     from pipeline.config import ConfigError
 
     there = ray.cluster_resources()
-    lacking = [
-        f"{workers * need:g} {kind}s for {workers} worker{'s' * (workers > 1)}, and there are {there.get(kind, 0):g}"
-        for kind, need in (("GPU", gpus), ("CPU", cpus))
-        if workers * need > there.get(kind, 0)
-    ]
+    needs = (("GPU", workers * gpus), ("CPU", workers * cpus + reading))
+    lacking = [f"{need:g} {kind}s, and there are {there.get(kind, 0):g}" for kind, need in needs if need > there.get(kind, 0)]
     if not lacking:
         return
-    if address or os.environ.get("RAY_ADDRESS"):
+    if is_cluster(address):
         console.print(f"note: waiting for the cluster to grow; needed are {'; '.join(lacking)}", markup=False)
     else:
         raise ConfigError(*(f"needed are {what} on this machine (CPUs: two more than cores); ask for less" for what in lacking))
+
+
+def side_by_side(address: str | None, wanted: int, cpus: float, reading: float) -> int:
+    """How many of ``wanted`` jobs of so many CPUs fit on this machine, with room for reading: at least 1. A cluster may grow."""
+    import ray
+
+    room = ray.cluster_resources().get("CPU", 0) - reading
+    return wanted if is_cluster(address) or not cpus else max(1, min(wanted, int(room / cpus)))
+
+
+def is_cluster(address: str | None) -> bool:
+    """Whether Ray is one that somebody else started."""
+    return bool(address or os.environ.get("RAY_ADDRESS"))
 
 
 @contextmanager

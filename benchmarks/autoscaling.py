@@ -199,7 +199,8 @@ def go(folder: Path, rows: int, most: int) -> dict[str, Any]:
     """One run on a cluster of its own. Returns the trace and what became of the rows."""
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # Ray reads them when it is imported
     with fake_cluster(folder, most) as address, ray_session(address):
-        from pipeline.dataset import execute, make_plan
+        from pipeline.dataset import execute
+        from pipeline.plan import make_plan
 
         trace = Trace()
         with watched(trace):

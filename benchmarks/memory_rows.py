@@ -86,7 +86,8 @@ def request(folder: Path) -> Run:
 def carry_out(folder: Path) -> None:
     """The run of a folder, in this process."""
     with ray_session():
-        from pipeline.dataset import execute, make_plan
+        from pipeline.dataset import execute
+        from pipeline.plan import make_plan
 
         execute(make_plan(request(folder)), lambda report: print(report.done, flush=True))
 

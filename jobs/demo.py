@@ -80,7 +80,7 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
     from jobs.running import run_plan
     from models.domains import DOMAINS
     from pipeline.config import Resources, Run, Source
-    from pipeline.dataset import make_plan
+    from pipeline.plan import make_plan
     from pipeline.tuning import make_tune_plan
 
     domain = DOMAINS["pixelface"]

@@ -85,7 +85,7 @@ def held_out_run(domain: str, rows: int, work: Path, resources: Any) -> Any:
 
 def edit_held_out(run: Any) -> None:
     from jobs.running import run_plan
-    from pipeline.dataset import make_plan
+    from pipeline.plan import make_plan
 
     run_plan(make_plan(run), "edit held-out images")
 

@@ -35,7 +35,7 @@ NoiseSeed = Annotated[int | None, typer.Option("--seed", help="Of fresh noise.",
 Identity = Annotated[
     str | None, typer.Option(help="Face recognition weights (IR-SE50, model_ir_se50.pth): a file, s3:// or https://.", show_default=False)
 ]
-Precision = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WALK)]
+Precision = Annotated[str | None, typer.Option(help="float32, tf32 (faster on newer GPUs), bfloat16 or float16.", rich_help_panel=WALK)]
 IdColumn = Annotated[str, typer.Option(help="Column of unique ids; made from file and row if there is none.", rich_help_panel=ROWS)]
 ImageColumn = Annotated[str, typer.Option(help="Column of pictures: binary or struct{bytes, path}.", rich_help_panel=ROWS)]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many rows.", rich_help_panel=ROWS)]

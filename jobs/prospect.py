@@ -12,7 +12,7 @@ from pipeline.estimate import Networks, Sample, Work
 
 if TYPE_CHECKING:  # importing it takes seconds, and --help must not
     from models.domains import Domain
-    from pipeline.dataset import Plan
+    from pipeline.plan import Plan
     from pipeline.sources import Input
 
 
@@ -100,8 +100,8 @@ def of_run(run: Run, known: Sequence[str] = (), rows: int | None = None) -> Pros
 
 def _look(run: Run, problems: list[str], notes: list[str]) -> "tuple[Input, Plan | None]":
     """The input, and the checked plan where nothing stands in its way; what does is added to ``problems``."""
-    from pipeline.dataset import make_plan, problems_without_weights
     from pipeline.ids import check_ids
+    from pipeline.plan import make_plan, problems_without_weights
     from pipeline.sources import absolute, find
 
     run = replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output))

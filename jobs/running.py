@@ -6,7 +6,8 @@ from jobs.progress import console, display, late_display
 
 if TYPE_CHECKING:  # importing them takes seconds, and --help must not
     from pipeline.config import Run
-    from pipeline.dataset import Plan, Report
+    from pipeline.dataset import Report
+    from pipeline.plan import Plan
 
 
 class TooManyRejectsError(RuntimeError):
@@ -17,8 +18,8 @@ def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None
     """Plans (before Ray starts), runs, reports. Raises ConfigError, JobError or TooManyRejectsError."""
     from jobs.planning import only_planned
     from jobs.session import ray_session, refuse_too_much
-    from pipeline.dataset import make_plan
     from pipeline.faults import explained
+    from pipeline.plan import make_plan
 
     if only_planned([run]):
         return

@@ -10,7 +10,7 @@ from models.diffusion import SPACINGS, path_down, path_up
 from models.losses import FORMS
 
 ORDERS = {"ddim": 1, "ab2": 2}
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 INVERSIONS = ("deterministic", "stochastic")
 REFERENCES = ("source", "reconstruction")
 MEMORY = ("full", "checkpoint", "stepwise")

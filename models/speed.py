@@ -25,25 +25,25 @@ OnCall = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """Dense peaks in TFLOP/s (data sheets that print them "with sparsity" are halved). float32 is TF32 where the GPU has it,
-    because PyTorch's convolutions use it; none is a precision without hardware."""
+    """Dense peaks in TFLOP/s (data sheets that print them "with sparsity" are halved); None is a precision without hardware."""
 
     float32: float
+    tf32: float | None
     bfloat16: float | None
     float16: float
     source: str
 
 
 GPUS: dict[str, Gpu] = {
-    "t4": Gpu(float32=8.1, bfloat16=None, float16=65, source="NVIDIA T4 data sheet"),
-    "v100": Gpu(float32=15.7, bfloat16=None, float16=125, source="NVIDIA V100 data sheet, SXM2"),
-    "a10": Gpu(float32=62.5, bfloat16=125, float16=125, source="NVIDIA A10 data sheet"),
-    "l4": Gpu(float32=60, bfloat16=121, float16=121, source="NVIDIA L4 data sheet, without sparsity"),
-    "l40s": Gpu(float32=183, bfloat16=362, float16=362, source="NVIDIA L40S data sheet"),
-    "a100": Gpu(float32=156, bfloat16=312, float16=312, source="NVIDIA A100 data sheet"),
-    "h100-pcie": Gpu(float32=378, bfloat16=756, float16=756, source="NVIDIA H100 data sheet, PCIe, without sparsity"),
-    "h100": Gpu(float32=494, bfloat16=989, float16=989, source="NVIDIA H100 data sheet, SXM, without sparsity"),
-    "h200": Gpu(float32=494, bfloat16=989, float16=989, source="NVIDIA H200 data sheet, SXM, without sparsity"),
+    "t4": Gpu(float32=8.1, tf32=None, bfloat16=None, float16=65, source="NVIDIA T4 data sheet"),
+    "v100": Gpu(float32=15.7, tf32=None, bfloat16=None, float16=125, source="NVIDIA V100 data sheet, SXM2"),
+    "a10": Gpu(float32=31.2, tf32=62.5, bfloat16=125, float16=125, source="NVIDIA A10 data sheet"),
+    "l4": Gpu(float32=30.3, tf32=60, bfloat16=121, float16=121, source="NVIDIA L4 data sheet, without sparsity"),
+    "l40s": Gpu(float32=91.6, tf32=183, bfloat16=362, float16=362, source="NVIDIA L40S data sheet"),
+    "a100": Gpu(float32=19.5, tf32=156, bfloat16=312, float16=312, source="NVIDIA A100 data sheet"),
+    "h100-pcie": Gpu(float32=51, tf32=378, bfloat16=756, float16=756, source="NVIDIA H100 data sheet, PCIe, without sparsity"),
+    "h100": Gpu(float32=67, tf32=494, bfloat16=989, float16=989, source="NVIDIA H100 data sheet, SXM, without sparsity"),
+    "h200": Gpu(float32=67, tf32=494, bfloat16=989, float16=989, source="NVIDIA H200 data sheet, SXM, without sparsity"),
 }
 
 

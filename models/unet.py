@@ -33,7 +33,9 @@ class NoiseUNet(nn.Module):
     network that predicts v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, section 4) or x0 itself
     ("sample") is solved for the noise, for which it needs ``alpha_bars`` float32 (T,); a class-conditional one is told
     ``class_label`` for all images, or with None no class, as in the official DiffusionCLIP code.
-    ``precision`` is that of the network's arithmetic; weights stay float32. ``unet`` is not copied, and its class embedding
+    ``precision`` is that of the network's arithmetic; weights stay float32. ``float32`` and ``tf32`` differ on GPUs that round
+    the factors of convolutions and products to TF32, for the whole process: torch knows no setting for one network.
+    ``unet`` is not copied, and its class embedding
     is replaced by an ``OptionalEmbedding`` with the same weights. Raises WeightsError if the label does not fit.
     """
 
@@ -53,7 +55,8 @@ class NoiseUNet(nn.Module):
         if prediction != "epsilon" and alpha_bars is None:
             raise ValueError(f"a network that predicts {prediction!r} needs alpha_bars")
         self.unet: Any = unet  # diffusers hides from type checkers that it is an nn.Module
-        self.dtype = getattr(torch, precision)
+        self.dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         self.prediction = prediction
         self.register_buffer("alpha_bars", None if prediction == "epsilon" else alpha_bars, persistent=False)
         self.label = _told(unet, class_label)
@@ -104,7 +107,6 @@ def load_base(reference: str | Path, precision: str = "float32", class_label: in
 
 @lru_cache(maxsize=2)
 def _base(reference: str, precision: str, class_label: int | None) -> NoiseUNet:
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean it; torch lets convolutions of newer GPUs round to TF32
     folder = folder_of(reference)
     unet, alpha_bars = _network(folder, public(reference)), load_alpha_bars(folder)
     if unet.config.time_embedding_type == "learned" and unet.time_proj.num_embeddings < len(alpha_bars):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ class Block:
     rows: int
     files: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...] | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    """Of tars: which bytes of each file."""
     size: int = 0
     """Bytes that they take in memory, as far as their files say."""
 
@@ -87,14 +89,14 @@ class Input:
         where = self.source.where
         return parquet.Reading(condition=condition(where, self.columns) if where else None, most=self.source.max_block_bytes)
 
+    @property
+    def shared(self) -> "Input":
+        """What all workers need of it: without what grows with the number of files, since a block names its own."""
+        return replace(self, files=(), counts=(), sizes=(), keys=(), spans=())
+
     def constants(self, below: str) -> dict[str, pa.Scalar]:
         """The values of partition columns of the file with this path below the address."""
         return parquet.constants_of(below, self.partitions)
-
-    @cached_property
-    def number(self) -> dict[str, int]:
-        """The position of each file."""
-        return {file: number for number, file in enumerate(self.files)}
 
 
 def side_by_side(work: Callable[[Any], Wanted], things: Sequence[Any], on_file: OnFile = lambda done, total: None) -> list[Wanted]:

@@ -50,18 +50,18 @@ class Score:
         return table.drop_columns(["error"]).append_column("error", pa.array(errors, pa.string()))
 
     def _scores(self, source: Tensor, edited: Tensor) -> list[dict[str, Any]]:
-        device = self.resources.device
+        source, edited = source.to(self.resources.device), edited.to(self.resources.device)
         columns: dict[str, list[Any]] = {
             "mae": mean_absolute_error(source, edited).tolist(),
             "ssim": structural_similarity(source, edited).tolist(),
         }
         if self.identity is not None:
-            columns["identity"] = self._identity(source.to(device), edited.to(device))
+            columns["identity"] = self._identity(source, edited)
         if self.clip is not None and self.direction is not None:
-            similarity = directional_score(self.clip, source.to(device), edited.to(device), self.direction)
+            similarity = directional_score(self.clip, source, edited, self.direction)
             columns["clip_direction"] = similarity.tolist()
         if self.judge is not None:
-            columns |= {"factors_before": self.judge.read(source), "factors_after": self.judge.read(edited)}
+            columns |= {"factors_before": self.judge.read(source.cpu()), "factors_after": self.judge.read(edited.cpu())}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     @torch.no_grad()

@@ -34,24 +34,24 @@ def only_usable(table: pa.Table) -> pa.Table:
 def plan_blocks(found: Input, block_rows: int) -> list[Block]:
     """Consecutive blocks of whole row groups with at least ``block_rows`` rows (but the last); the limit cuts the last."""
     blocks: list[Block] = []
-    members: list[tuple[str, int, int]] = []
+    members: list[_Member] = []
     start = pending = 0
 
     def close() -> None:
         nonlocal start, pending
         rows = min(pending, found.rows - start)
         if rows > 0:
-            blocks.append(_block(found.kind, members, start, rows))
+            blocks.append(_block(found, members, start, rows))
         start, pending = start + pending, 0
         members.clear()
 
-    for file, counts, sizes in zip(found.files, found.counts, found.sizes, strict=True):
+    for number, (counts, sizes) in enumerate(zip(found.counts, found.sizes, strict=True)):
         for group, rows in enumerate(counts):
             if start + pending >= found.rows:
                 break
             if not rows:
                 continue
-            members.append((file, group, sizes[group]))
+            members.append((number, group, sizes[group]))
             pending += rows
             if pending >= block_rows:
                 close()
@@ -59,14 +59,22 @@ def plan_blocks(found: Input, block_rows: int) -> list[Block]:
     return blocks
 
 
-def _block(kind: str, members: list[tuple[str, int, int]], start: int, rows: int) -> Block:
+_Member = tuple[int, int, int]
+"""The number of a file, of one of its groups, and the bytes of this group in memory."""
+
+
+def _block(found: Input, members: list[_Member], start: int, rows: int) -> Block:
     size = sum(size for _, _, size in members)
-    if kind == "pictures":
-        return Block(start=start, rows=rows, files=tuple(file for file, _, _ in members), size=size)
-    by_file: dict[str, list[int]] = {}
-    for file, group, _ in members:
-        by_file.setdefault(file, []).append(group)
-    return Block(start=start, rows=rows, files=tuple(by_file), groups=tuple(map(tuple, by_file.values())), size=size)
+    by_file: dict[int, list[int]] = {}
+    for number, group, _ in members:
+        by_file.setdefault(number, []).append(group)
+    files = tuple(found.files[number] for number in by_file)
+    if found.kind == "pictures":
+        return Block(start=start, rows=rows, files=files, size=size)
+    groups = tuple(map(tuple, by_file.values()))
+    # A file's groups follow one another.
+    spans = [(found.spans[number][of[0]][0], found.spans[number][of[-1]][1]) for number, of in by_file.items()] if found.spans else []
+    return Block(start=start, rows=rows, files=files, groups=groups, spans=tuple(spans), size=size)
 
 
 def block_problems(found: Input, blocks: list[Block]) -> list[str]:
@@ -125,9 +133,8 @@ def _read_pictures(fs: AbstractFileSystem, root: str, block: Block) -> pa.Table:
 def _read_tars(fs: AbstractFileSystem, found: Input, block: Block) -> pa.Table:
     rows: list[dict[str, Any]] = []
     picture = found.source.image_column if found.source.image_column != Source.image_column else None
-    for file, groups in zip(block.files, block.groups or (), strict=True):
-        spans = found.spans[found.number[file]]
-        rows += tars.rows(fs, file, spans[groups[0]][0], spans[groups[-1]][1], picture)  # a file's groups follow one another
+    for file, (begin, end) in zip(block.files, block.spans, strict=True):
+        rows += tars.rows(fs, file, begin, end, picture)
     rows = rows[: block.rows]
     return pa.table(
         {

@@ -23,7 +23,7 @@ from models.weights import Card, load_card
 from pipeline import schema
 from pipeline.codec import encode_png, to_pictures, to_tensor
 from pipeline.config import ConfigError, Edit, Resources, Run, Source, TuneRun
-from pipeline.dataset import make_plan
+from pipeline.plan import make_plan
 from pipeline.stages import Invert
 from pipeline.tuning import TunePlan, make_tune_plan
 

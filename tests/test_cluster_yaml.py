@@ -208,7 +208,8 @@ def test_a_run_on_s3_needs_no_more_than_the_permissions_for_data(
     from aiobotocore.client import AioBaseClient
 
     from pipeline.config import Run, Source
-    from pipeline.dataset import audit, make_plan
+    from pipeline.dataset import audit
+    from pipeline.plan import make_plan
     from pipeline.schema import latents_schema
     from pipeline.sources import read_block
     from pipeline.worker import write_file

@@ -17,8 +17,8 @@ from models.domains import DOMAINS
 from models.recipe import Recipe
 from models.unet import load_base
 from pipeline.config import Resources, Run, Source
-from pipeline.dataset import make_plan
 from pipeline.manifest import write_manifest
+from pipeline.plan import make_plan
 from pipeline.resume import clear
 from pipeline.worker import Worker, read_packed
 

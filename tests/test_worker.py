@@ -11,8 +11,8 @@ import torch
 from conftest import TinyDomain, TinyEdit
 
 from pipeline.config import Edit, Resources, Run, Source
-from pipeline.dataset import make_plan
 from pipeline.faults import from_bytes
+from pipeline.plan import make_plan
 from pipeline.sources import Block
 from pipeline.worker import Worker, pack, read, read_packed, unpack, write_file
 

@@ -1,0 +1,147 @@
+"""A pass over a dataset, checked before anything starts: its blocks, its outputs, and what an earlier run has left. No Ray here."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from fsspec.core import url_to_fs
+
+from models.pixelface.avatars import FACTORS
+from models.weights import fingerprint
+from pipeline import schema
+from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems
+from pipeline.config import ConfigError, Edit, Run
+from pipeline.ids import check_ids
+from pipeline.inputs import OnFile
+from pipeline.resume import Done, finished, nested, output_problems, request_of
+from pipeline.sources import Block, Input, absolute, block_problems, find, plan_blocks
+from pipeline.worker import Output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run: nothing has been started or written yet."""
+
+    run: Run
+    found: Input
+    blocks: list[Block]
+    done: Done
+    """What an earlier run of the same request has left."""
+    input_ids: np.ndarray
+    """Sorted hashes of all input ids."""
+    outputs: tuple[Output, ...]
+    pending: tuple[Output, ...]
+    """Those that lack rows; the others are left as they are."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of the request, though it is possible."""
+
+    @property
+    def model_calls(self) -> int:
+        """Network evaluations an image, all edits together."""
+        up = self.run.recipe.calls_up if self.run.edits and not self.found.has_latents else 0
+        return up + sum(output.model_calls for output in self.outputs)
+
+
+def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnFile = lambda done, total: None) -> Plan:
+    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found.
+
+    Both functions are called with how much is looked at and how much there is: files, then rows' ids.
+    """
+    run = absolute_weights(replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output)))
+    timesteps, problems = base_problems(run.domain, run.recipe)
+    problems += run.problems(timesteps)
+    try:
+        found = find(run.source, on_files)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    of_cards, notes = card_problems(run)
+    problems += latent_problems(run, found) + of_cards + problems_without_weights(run, found)
+    if problems:
+        raise ConfigError(*problems)
+    outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
+    done, pending = Done(), outputs
+    problems = block_problems(found, blocks)
+    problems += [problem for output in outputs for problem in nested(run.source.path, output.folder)]
+    problems += [problem for output in outputs for problem in output_problems(output.folder, output.request, run.overwrite)]
+    if problems:
+        raise ConfigError(*problems)
+    if not run.overwrite:
+        pending = tuple(o for o in outputs if len(finished(blocks, [o.folder], run.retry_rejects).starts) < len(blocks))
+        done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
+    ids = check_ids(found, lambda rows: on_ids(rows, found.rows))
+    return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending, notes=tuple(notes))
+
+
+def problems_without_weights(run: Run, found: Input) -> list[str]:
+    """Of input, output and scores: what can be told without the weights of any diffusion model."""
+    clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
+    problems = network_weights_problems(clips, run.identity) if clips or run.identity else []  # it imports networks
+    return problems + _name_problems(run, found) + _output_problems(run)
+
+
+def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
+    about = {
+        "domain": run.domain.name,
+        "family": run.domain.family,
+        "domain_fingerprint": fingerprint(run.domain.weights),
+        "recipe": run.recipe.to_dict(),
+        **of_latents(found),
+    }
+    if not run.edits:
+        columns = schema.latents_schema(found.user_columns, run.domain.image_size, about)
+        request = request_of(run, found, None)
+        return (Output(folder=run.output, edit=None, columns=columns, request=request, model_calls=run.recipe.calls_up),)
+    factors = tuple(FACTORS) if run.domain.judge else ()
+    outputs = []
+    for edit in run.edits:
+        parts = [{"name": p.name, "weight": p.weight, "fingerprint": fingerprint(p.file)} for p in edit.parts]
+        columns = schema.edits_schema(
+            found.user_columns, factors, {**about, "edit": parts, "degree": edit.degree, "clip": run.clip}, run.identity is not None
+        )
+        calls = _calls_down(run, edit)
+        folder, request = f"{run.output.rstrip('/')}/{edit.name}", request_of(run, found, edit)
+        outputs.append(Output(folder=folder, edit=edit, columns=columns, request=request, model_calls=calls))
+    return tuple(outputs)
+
+
+def of_latents(found: Input) -> dict[str, Any]:
+    """The recipe that made the latents, where there were any: the way down may have another solver, spacing and seed."""
+    return {"latents_recipe": schema.about(found.columns).get("recipe")} if found.has_latents else {}
+
+
+def _calls_down(run: Run, edit: Edit) -> int:
+    """Network evaluations an image on the way down: at each rung one for every model that has a weight there."""
+    table = edit.weights
+    if len(table) == 1:
+        return run.recipe.calls_down * sum(w != 0 for w in table[0])
+    from models.unet import load_alpha_bars  # only ranges need to know where the rungs are
+
+    rungs = run.recipe.down(load_alpha_bars(run.domain.weights))[:-1]
+    return sum(sum(w != 0 for w in table[max(start for start in table if start <= max(rung, 0))]) for rung in rungs)
+
+
+def _name_problems(run: Run, found: Input) -> list[str]:
+    taken = {"id", "image", *schema.HIDDEN, *schema.own_columns(run.kind)}
+    clash = [name for name in found.user_columns.names if name in taken]
+    return [f"column {name!r} of {run.source.path} has a name that this run writes; rename it first" for name in clash]
+
+
+def _output_problems(run: Run) -> list[str]:
+    try:
+        fs, root = url_to_fs(run.output)
+        direct = [f for f in fs.ls(root, detail=False) if str(f).endswith(".parquet")] if fs.isdir(root) else []
+        if fs.isfile(root):
+            return [f"the output {run.output} is a file; give a folder"]
+    except (ValueError, ImportError, OSError) as error:
+        return [f"the output {run.output} cannot be used: {error}"]
+    if root == url_to_fs(run.source.path)[1]:
+        return [f"input and output are the same: {run.output}; give another output folder"]
+    if direct and run.edits:
+        return [f"{run.output} is a dataset itself ({len(direct)} Parquet files); edits need a folder for their folders, give another"]
+    try:
+        fs.makedirs(root, exist_ok=True)
+        fs.touch(f"{root}/.writable", truncate=True)
+        fs.rm_file(f"{root}/.writable")
+    except OSError as error:
+        return [f"the output {run.output} cannot be written to: {error}"]
+    return []

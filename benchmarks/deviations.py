@@ -1,12 +1,15 @@
-"""What each choice of the fine-tuning and of the walk changes, on the embedded domain, all in one run.
+"""What each choice of the fine-tuning, of mixes and of the walk changes, on the embedded domain.
 
 python -m benchmarks.deviations --out benchmarks/results/deviations.json
+
+Trainings take a minute or more each. Those that the file has already, of the same base model, tuning and machine, are not repeated.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,18 +21,21 @@ from torch import Tensor
 
 from jobs.evaluate import machine
 from jobs.progress import console, display
+from jobs.requests import make_edits
 from jobs.tables import count_table
 from models import lora
 from models.attributes import attributes_of
 from models.clip import Clip, load_clip, templates
-from models.diffusion import NoiseModel, alpha_bar_at, predicted_x0, stochastic_walk, timesteps, walk
+from models.diffusion import NoiseModel, alpha_bar_at, blend, predicted_x0, stochastic_walk, timesteps, walk
 from models.domains import DOMAINS
 from models.finetune import Objective, finetune, references, start_training
 from models.metrics import directional_score, mean_absolute_error
 from models.pixelface.judge import load_judge
 from models.recipe import Recipe
-from models.unet import load_alpha_bars, load_base, trainable
+from models.unet import load_alpha_bars, load_base, load_edit_model, trainable
+from models.weights import fingerprint
 from pipeline import codec, schema
+from pipeline.config import versions
 from pipeline.quality import held_out_pictures
 
 DOMAIN = DOMAINS["pixelface"]
@@ -93,20 +99,68 @@ def moved(model: NoiseModel, x: Tensor, path: list[int], order: int) -> Tensor:
     return torch.cat([walk(model, part, path, BARS, order) for part in x.split(32)])
 
 
-def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
-    """Every variant of the training for every attribute, judged on the same held-out images."""
+def fine_tuning(images: int, names: list[str], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every variant of the training for every attribute, judged on the same held-out images; known results are kept."""
     recipe, base = DOMAIN.recipe, load_base(DOMAIN.weights)
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"].slice(0, DOMAIN.tuning.images))
     x0, unseen = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), held_out_pictures(DOMAIN)[0][:images]
     latents, unseen_latents = (moved(base, pictures, recipe.up(BARS), recipe.order) for pictures in (x0, unseen))
     results: list[dict[str, Any]] = []
+    had = {(r["variant"], r["attribute"], r["tuning"]): r for r in known if "tuning" in r}
     with display("fine-tuning variants", len(VARIANTS) * len(names), "edit models") as shown:
         for variant, changes in VARIANTS.items():
             for name in names:
-                model = train(name, changes, latents, x0, recipe)
-                edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
-                results.append({"variant": variant, "attribute": name, **judge(name, unseen, edited)})
+                key = (variant, name, tuning_digest(changes))
+                if key not in had:
+                    model = train(name, changes, latents, x0, recipe)
+                    edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
+                    had[key] = {"variant": variant, "attribute": name, "tuning": key[2], **judge(name, unseen, edited)}
+                results.append(had[key])
                 shown.update(len(results), f"{name}: {variant}")
+    return results
+
+
+def tuning_digest(changes: dict[str, Any]) -> str:
+    """Of everything that decides a training here but its attribute."""
+    decided = asdict(replace(DOMAIN.tuning, **changes)), DOMAIN.recipe.to_dict(), fingerprint(DOMAIN.weights), versions()
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---- mixes -----------------------------------------------------------------------------------------------------------
+
+MIXED = ("glasses", "smiling")
+MIXES = {
+    "halves (the paper's)": "glasses=0.5,smiling=0.5",
+    "one and one": "glasses=1,smiling=1",
+    "by range: one above timestep 200, the other below": "0:smiling=1,base=0;200:glasses=1,base=0",
+}
+
+
+@torch.no_grad()
+def mixes(images: int) -> list[dict[str, Any]]:
+    """How often two ready-made edit models in one walk reach both attributes, among the images that lacked both."""
+    recipe, base, unseen = DOMAIN.recipe, load_base(DOMAIN.weights), held_out_pictures(DOMAIN)[0][:images]
+    latents, network = moved(base, unseen, recipe.up(BARS), recipe.order), load_judge(DOMAIN.judge)  # type: ignore[arg-type]
+    changes = [attributes_of(DOMAIN.family)[name].changes for name in MIXED]
+    wanted = dict(change for change in changes if change is not None)
+    was, results = network.read(unseen), []
+    for title, text in MIXES.items():
+        (edit,) = make_edits(DOMAIN, [], [text], [1.0], [])
+        models = [base, *(load_edit_model(DOMAIN.weights, part.file) for part in edit.parts)]
+        after = moved(blend(models, edit.weights), latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
+        became = network.read(after)
+        lacked = [b for a, b in zip(was, became, strict=True) if all(a[factor] != value for factor, value in wanted.items())]
+        kept = [a[other] == b[other] for a, b in zip(was, became, strict=True) for other in a if other not in wanted]
+        results.append(
+            {
+                "mix": title,
+                "text": text,
+                "images": len(lacked),
+                "both": sum(all(b[factor] == value for factor, value in wanted.items()) for b in lacked) / len(lacked),
+                "kept": sum(kept) / len(kept),
+                "mae": float(mean_absolute_error(unseen, after).mean()),
+            }
+        )
     return results
 
 
@@ -171,8 +225,10 @@ def main(
 ) -> None:
     """Prints mean success, other factors kept, distance and similarity of every variant, and the effects on the walk."""
     torch.set_num_threads(threads)
-    walked = the_walk(images)
-    results = fine_tuning(images, attribute or list(ATTRIBUTES))
+    walked, mixed = the_walk(images), mixes(images)
+    before = json.loads(out.read_text()) if out and out.exists() else {}
+    known = before.get("fine_tuning", []) if (before.get("images"), before.get("machine")) == (images, machine()) else []
+    results = fine_tuning(images, attribute or list(ATTRIBUTES), known)
     lines = []
     for variant in VARIANTS:
         of = [r for r in results if r["variant"] == variant]
@@ -180,9 +236,11 @@ def main(
         words = "success {success:.3f}, kept {kept:.3f}, MAE {mae:.3f}, CLIP {clip_direction:.3f}"
         lines.append((variant, words.format(**mean)))
     console.print(count_table(f"fine-tuning, mean over {len(attribute or ATTRIBUTES)} attributes, {images} held-out images", lines))
+    words = "both {both:.3f} of {images} that lacked both, kept {kept:.3f}, MAE {mae:.3f}"
+    console.print(count_table(f"mixes of {' and '.join(MIXED)}", [(r["mix"], words.format(**r)) for r in mixed]))
     console.print(count_table("the walk", [(k.replace("_", " "), f"{v:.5f}") for k, v in walked.items() if isinstance(v, float)]))
     if out:
-        report = {"machine": machine(), "images": images, "walk": walked, "fine_tuning": results}
+        report = {"machine": machine(), "images": images, "walk": walked, "mixes": mixed, "fine_tuning": results}
         out.write_text(json.dumps(report, indent=2) + "\n")
 
 

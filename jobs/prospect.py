@@ -100,6 +100,7 @@ def of_run(run: Run, known: Sequence[str] = (), rows: int | None = None) -> Pros
 
 def _look(run: Run, problems: list[str], notes: list[str]) -> "tuple[Input, Plan | None]":
     """The input, and the checked plan where nothing stands in its way; what does is added to ``problems``."""
+    from pipeline.checks import base_problems
     from pipeline.ids import check_ids
     from pipeline.plan import make_plan, problems_without_weights
     from pipeline.sources import absolute, find
@@ -114,7 +115,8 @@ def _look(run: Run, problems: list[str], notes: list[str]) -> "tuple[Input, Plan
                 return plan.found, plan
             except ConfigError as error:
                 problems += error.problems
-        problems += run.problems()
+        timesteps = 1000 if missing else base_problems(run.domain, run.recipe)[0]
+        problems += run.problems(timesteps)
         found = None
         try:
             found = find(run.source)
@@ -123,7 +125,7 @@ def _look(run: Run, problems: list[str], notes: list[str]) -> "tuple[Input, Plan
                 check_ids(found)
         except ConfigError as error:
             problems += error.problems
-    if found is None or run.problems():  # numbers that cannot be counted with
+    if found is None or run.problems(timesteps):  # numbers that cannot be counted with
         raise ConfigError(*dict.fromkeys(problems))
     return found, None
 
@@ -175,11 +177,11 @@ def of_tuning(runs: Sequence[TuneRun], parallel: int, known: Sequence[str] = ())
     from pipeline.estimate import tuning_work
 
     run, problems, notes = runs[0], list(known), list[str]()
-    rows = _latent_rows(runs, problems, notes)
+    rows, left = _latent_rows(runs, problems, notes)
     networks = _networks(run.domain, problems, clips=run.loss_clips, identity=bool(run.tuning.id_weight), tuning=run)
     work, size = tuning_work(rows, run.tuning, networks), networks.trained
     copies = 3 + bool(run.tuning.ema) + bool(run.tuning.patience)  # weights, two moments, average, best
-    count, at_once = len(runs), min(parallel, len(runs))
+    count, at_once = len(left), max(1, min(parallel, len(left)))
     total = replace(work, calls=work.calls * count, flops=work.flops * count, parts=count)
     return Prospect(
         name=f"finetune {', '.join(run.attribute for run in runs)}",
@@ -190,7 +192,7 @@ def of_tuning(runs: Sequence[TuneRun], parallel: int, known: Sequence[str] = ())
         calls=work.calls,
         call_flops=networks.call,
         work=total,
-        written={str(r.output / f"{r.attribute}.safetensors"): (2.0 * size, 2.0 * size) for r in runs},
+        written={str(r.output / f"{r.attribute}.safetensors"): (2.0 * size, 2.0 * size) for r in left},
         meanwhile=4.0 * size * copies * at_once,
         workers=parallel,
         gpus=at_once * run.workers * run.gpus,
@@ -201,27 +203,30 @@ def of_tuning(runs: Sequence[TuneRun], parallel: int, known: Sequence[str] = ())
     )
 
 
-def _latent_rows(runs: Sequence[TuneRun], problems: list[str], notes: list[str]) -> int:
-    """Latents that there are to train on; as many as are asked for where there are none yet."""
+def _latent_rows(runs: Sequence[TuneRun], problems: list[str], notes: list[str]) -> tuple[int, list[TuneRun]]:
+    """Latents that there are to train on, as many as are asked for where there are none yet; and what is not trained already."""
     from pipeline.config import Source
     from pipeline.sources import absolute, find
     from pipeline.tuning import make_tune_plan
 
-    tuning, missing = runs[0].tuning, missing_weights(runs[0].domain)
+    tuning, missing, left = runs[0].tuning, missing_weights(runs[0].domain), list(runs)
     if missing:
         notes.append(f"{missing}; whether they fit was not looked at")
     for run in runs:
         try:
-            problems += run.problems()
-            if not missing:
-                make_tune_plan(run)
+            if missing:
+                problems += run.problems()
+            elif make_tune_plan(run).done:
+                left.remove(run)
         except ConfigError as error:
             problems += error.problems
+    if len(left) < len(runs):
+        notes.append(f"{len(runs) - len(left)} of {len(runs)} edit models are there from the same request")
     try:
-        return find(Source(path=absolute(runs[0].latents))).rows
+        return find(Source(path=absolute(runs[0].latents))).rows, left
     except ConfigError as error:
         problems += error.problems
-        return tuning.images + tuning.held_out
+        return tuning.images + tuning.held_out, left
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from conftest import TinyDomain, TinyEdit
 from servers import Web
 from tiny import picture, save_clip, save_diffusion
 
+from jobs.prospect import of_tuning
 from models.domain_files import domain_from_folder
 from models.domains import Domain
 from models.folders import SCHEDULER
@@ -218,3 +219,15 @@ def test_an_edit_model_of_the_same_request_is_done_and_one_of_another_is_not_rep
     assert "its card does not say which" in refused(lambda: make_tune_plan(tune))[0]
     plan.file.with_suffix(".json").unlink()
     assert not make_tune_plan(tune).done, "weights without a card were never finished"
+
+
+def test_what_is_trained_already_costs_nothing_in_a_plan(tune: TuneRun) -> None:
+    other = replace(tune, attribute="sad", target_text="sad face")
+    both = of_tuning([tune, other], parallel=2)
+    saved(make_tune_plan(tune))
+    left = of_tuning([tune, other], parallel=2)
+    assert left.work.flops == both.work.flops / 2
+    assert [Path(file).name for file in left.written] == ["sad.safetensors"]
+    assert "1 of 2 edit models are there from the same request" in left.notes
+    saved(make_tune_plan(other))
+    assert of_tuning([tune, other], parallel=2).work.flops == 0

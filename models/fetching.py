@@ -214,7 +214,10 @@ def _copy(entry: Path, record: Record) -> Path:
 
 
 def _current(entry: Path, source: dict[str, str]) -> Path | None:
-    """The copy of a file whose store still says of it what it said when it was copied."""
+    """The copy of a file whose store still says of it what it said when it was copied. A store that says no more than the size
+    is never believed: another file may be as long."""
+    if not source.keys() - {"size"}:
+        return None
     record = read_record(entry)
     return _copy(entry, record) if record and record.source == source and intact(_copy(entry, record), entry) else None
 

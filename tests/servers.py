@@ -20,7 +20,8 @@ COMMIT, LATER_COMMIT = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
 @dataclass
 class Web:
-    """A folder behind http; ``/denied/...`` is forbidden, ``/broken/...`` an error, ``/cut/...`` ends too early."""
+    """A folder behind http; ``/denied/...`` is forbidden, ``/broken/...`` an error, ``/cut/...`` ends too early, and of
+    ``/silent/...`` nothing is said by which a change could be noticed."""
 
     folder: Path
     url: str = ""
@@ -36,6 +37,10 @@ class _WebHandler(SimpleHTTPRequestHandler):
         super().__init__(*args, directory=str(web.folder))  # type: ignore[arg-type]
 
     def log_message(self, *_: object) -> None: ...
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if not (keyword == "Last-Modified" and self.path.startswith("/silent/")):
+            super().send_header(keyword, value)
 
     def do_HEAD(self) -> None:
         if not self.answered_badly():

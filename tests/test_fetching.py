@@ -72,6 +72,13 @@ def test_the_next_process_sees_that_a_file_has_changed(s3: str, web: Web, empty_
             assert elsewhere(FETCH.format(url)) == text
 
 
+def test_a_store_that_tells_no_more_than_the_size_is_asked_again_for_the_file(web: Web, empty_cache: Path) -> None:
+    (web.folder / "silent").mkdir()
+    for text in ("old", "new"):
+        (web.folder / "silent" / "a.bin").write_text(text)
+        assert elsewhere(FETCH.format(f"{web.url}/silent/a.bin")) == text
+
+
 def test_a_pinned_file_in_the_cache_is_used_without_asking_anybody(web: Web, empty_cache: Path) -> None:
     (web.folder / "a.bin").write_text("pinned")
     url = f"{web.url}/a.bin#sha256={sha256('pinned')}"

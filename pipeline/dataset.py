@@ -1,7 +1,6 @@
 """Ray Data: blocks of rows through a pool of actors into Parquet files, every input row accounted for."""
 
 import pickle
-import re
 import time
 import warnings
 from collections import Counter
@@ -18,7 +17,7 @@ from ray.data import DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayActorError
 
-from models.references import public
+from models.references import EVERY_NODE, public, told_in
 from pipeline.config import ConfigError, Source, versions
 from pipeline.faults import AGAIN, JobError, explained, from_bytes
 from pipeline.ids import check_ids
@@ -167,8 +166,8 @@ def _pass(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
     try:
         yield from receipts.iter_batches(batch_size=None, batch_format="pyarrow")
     except RayActorError as error:
-        if told := re.search(r"models\.references\.\w+Error: (.+)", str(error)):  # of a constructor: Ray keeps no more than the text
-            raise JobError(f"{told[1]}; every node must be able to get the weights: mend that, {AGAIN}") from error
+        if told := told_in(str(error)):  # of a constructor: Ray keeps no more than the text
+            raise JobError(f"on a worker, {told}; {EVERY_NODE}: mend that, {AGAIN}") from error
         if error.actor_init_failed:
             raise
         raise JobError(

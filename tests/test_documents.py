@@ -1,14 +1,19 @@
 """What would be lost: whoever follows the documents finds every flag, option, command and link that they name."""
 
+import os
 import re
 import shlex
+from collections.abc import Iterator
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from fsspec import config
 
+from jobs import storage
 from jobs.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +76,16 @@ def wrong_options(span: str) -> list[str]:
     if words[0] not in COMMANDS and not words[0].startswith("--"):
         return []  # of another program
     return [f"{word} in {span!r}" for word in words if re.fullmatch(r"--?[a-z][a-z0-9-]*", word) and word not in known]
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """As it was before: reading a command line with ``--storage-option`` sets variables."""
+    before = dict(os.environ), deepcopy(config.conf), dict(storage.carried)
+    yield
+    for now, then in zip((os.environ, config.conf, storage.carried), before, strict=True):
+        now.clear()
+        now.update(then)
 
 
 def problems(text: str) -> list[str]:

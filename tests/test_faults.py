@@ -21,6 +21,7 @@ from pipeline import dataset, isolation, schema
 from pipeline.config import Resources, Run, Source
 from pipeline.faults import JobError, explained, from_bytes, to_bytes
 from pipeline.manifest import read_manifest, write_in_one_stroke
+from pipeline.plan import make_plan
 from pipeline.worker import Worker, read
 
 # ---- without Ray -----------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def make_run(domain: Domain, save_pictures: Callable[..., Path], tmp_path: Path)
 
 def calm(run: Run) -> dict[str, Any]:
     """What an uninterrupted run gives: latents by id, computed in this process."""
-    plan = dataset.make_plan(replace(run, output=f"{run.output}-calm"))
+    plan = make_plan(replace(run, output=f"{run.output}-calm"))
     worker = faulty.Light(plan.run, plan.outputs, False)
     tables = [done for block in plan.blocks for _, done in worker.compute(read(plan.found, block), {})]
     return {row["id"]: row["latent"] for table in tables for row in table.to_pylist()}
@@ -141,7 +142,7 @@ def calm(run: Run) -> dict[str, Any]:
 
 def carry_out(run: Run, kind: type[Worker], monkeypatch: pytest.MonkeyPatch) -> dataset.Report:
     monkeypatch.setattr(dataset, "Worker", kind)
-    return dataset.execute(dataset.make_plan(run))
+    return dataset.execute(make_plan(run))
 
 
 @pytest.mark.usefixtures("ray_cluster")

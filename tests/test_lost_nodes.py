@@ -25,6 +25,7 @@ from pipeline import dataset, schema
 from pipeline.config import Resources, Run, Source
 from pipeline.faults import JobError
 from pipeline.isolation import Attempts
+from pipeline.plan import make_plan
 
 pytestmark = pytest.mark.slow
 
@@ -68,13 +69,13 @@ def test_a_node_that_goes_while_it_is_busy_costs_no_row(nodes: Cluster, job: Run
             killed.append(report.done)
             kill_node(nodes)
 
-    report = dataset.execute(dataset.make_plan(job), at_the_first_rows)
+    report = dataset.execute(make_plan(job), at_the_first_rows)
     assert killed
     assert killed[0] < 40
     assert (report.done, report.rejected) == (40, 0)
     calm = replace(job, output=f"{job.output}-calm")
     monkeypatch.setattr(dataset, "Worker", faulty.Light)
-    dataset.execute(dataset.make_plan(calm))
+    dataset.execute(make_plan(calm))
     assert faulty.rows_of(job.output) == faulty.rows_of(calm.output)
 
 
@@ -109,24 +110,24 @@ def test_rows_are_not_blamed_for_a_lost_node(nodes: Cluster, job: Run, tmp_path:
 
 def test_weights_that_a_node_lacks_end_the_job_and_are_named(nodes: Cluster, job: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "Worker", faulty.NoWeights)
-    with pytest.raises(JobError, match=f"there is no {job.domain.weights} on node .*; every node must be able to get the weights"):
-        dataset.execute(dataset.make_plan(job))
+    with pytest.raises(JobError, match=f"there is no {job.domain.weights} on node .*; every node must have the file"):
+        dataset.execute(make_plan(job))
     monkeypatch.setattr(dataset, "Worker", faulty.Light)
-    assert dataset.execute(dataset.make_plan(job)).done == 40
+    assert dataset.execute(make_plan(job)).done == 40
 
 
 def test_a_file_that_is_damaged_after_the_plan_is_named_and_the_job_goes_on_when_it_is_mended(
     nodes: Cluster, job: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "Worker", faulty.Light)
-    plan, file = dataset.make_plan(job), Path(job.source.path)
+    plan, file = make_plan(job), Path(job.source.path)
     whole, stamp = file.read_bytes(), file.stat().st_mtime_ns
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(JobError, match=r"in\.parquet cannot be read .*; see that the file is whole"):
         dataset.execute(plan)
     file.write_bytes(whole)
     os.utime(file, ns=(stamp, stamp))
-    assert dataset.execute(dataset.make_plan(job)).done == 40
+    assert dataset.execute(make_plan(job)).done == 40
 
 
 def test_a_driver_killed_at_two_moments_loses_nothing(tmp_path: Path) -> None:

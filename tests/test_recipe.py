@@ -26,7 +26,7 @@ def test_the_default_and_the_papers_recipe_are_possible() -> None:
         ({"steps_down": 402}, r"steps down must lie between 2 and 401 \(return step \+ 1\); got 402"),
         ({"solver": "euler"}, "solver is one of ddim, ab2; got 'euler'"),
         ({"spacing": "log"}, "spacing is one of linspace, sigma; got 'log'"),
-        ({"precision": "int8"}, "precision is one of float32, bfloat16, float16; got 'int8'"),
+        ({"precision": "int8"}, "precision is one of float32, tf32, bfloat16, float16; got 'int8'"),
         ({"eta": 1.5, "solver": "ddim"}, r"eta must lie between 0 \(deterministic\) and 1 \(DDPM\); got 1.5"),
         ({"inversion": "exact"}, "inversion is one of deterministic, stochastic; got 'exact'"),
         ({"projections": -1}, "projections must not be negative; got -1"),

@@ -328,7 +328,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("job", ["edit", pytest.param("finetune", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("job", ["edit", "finetune"])
 def test_weights_that_only_a_worker_misses_are_named_in_one_line(job, latents, tuned, tmp_path):
     """As on a node that has no such file: it is there when the job is planned, and gone when a worker looks."""
     if job == "edit":

@@ -2,14 +2,13 @@
 
 python -m benchmarks.deviations --out benchmarks/results/deviations.json
 
-Trainings take a minute or more each. Those that the file has already, of the same base model, tuning and machine, are not repeated.
+Trainings take a minute or more each; ``--no-trainings`` leaves theirs in the file and measures the rest again.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,9 +32,7 @@ from models.metrics import directional_score, mean_absolute_error
 from models.pixelface.judge import load_judge
 from models.recipe import Recipe
 from models.unet import load_alpha_bars, load_base, load_edit_model, trainable
-from models.weights import fingerprint
 from pipeline import codec, schema
-from pipeline.config import versions
 from pipeline.quality import held_out_pictures
 
 DOMAIN = DOMAINS["pixelface"]
@@ -99,31 +96,21 @@ def moved(model: NoiseModel, x: Tensor, path: list[int], order: int) -> Tensor:
     return torch.cat([walk(model, part, path, BARS, order) for part in x.split(32)])
 
 
-def fine_tuning(images: int, names: list[str], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every variant of the training for every attribute, judged on the same held-out images; known results are kept."""
+def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
+    """Every variant of the training for every attribute, judged on the same held-out images."""
     recipe, base = DOMAIN.recipe, load_base(DOMAIN.weights)
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"].slice(0, DOMAIN.tuning.images))
     x0, unseen = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), held_out_pictures(DOMAIN)[0][:images]
     latents, unseen_latents = (moved(base, pictures, recipe.up(BARS), recipe.order) for pictures in (x0, unseen))
     results: list[dict[str, Any]] = []
-    had = {(r["variant"], r["attribute"], r["tuning"]): r for r in known if "tuning" in r}
     with display("fine-tuning variants", len(VARIANTS) * len(names), "edit models") as shown:
         for variant, changes in VARIANTS.items():
             for name in names:
-                key = (variant, name, tuning_digest(changes))
-                if key not in had:
-                    model = train(name, changes, latents, x0, recipe)
-                    edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
-                    had[key] = {"variant": variant, "attribute": name, "tuning": key[2], **judge(name, unseen, edited)}
-                results.append(had[key])
+                model = train(name, changes, latents, x0, recipe)
+                edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
+                results.append({"variant": variant, "attribute": name, **judge(name, unseen, edited)})
                 shown.update(len(results), f"{name}: {variant}")
     return results
-
-
-def tuning_digest(changes: dict[str, Any]) -> str:
-    """Of everything that decides a training here but its attribute."""
-    decided = asdict(replace(DOMAIN.tuning, **changes)), DOMAIN.recipe.to_dict(), fingerprint(DOMAIN.weights), versions()
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # ---- mixes -----------------------------------------------------------------------------------------------------------
@@ -221,21 +208,25 @@ def main(
     images: int = 128,
     attribute: Annotated[list[str] | None, typer.Option()] = None,
     threads: int = 2,
+    trainings: bool = True,
     out: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Prints mean success, other factors kept, distance and similarity of every variant, and the effects on the walk."""
     torch.set_num_threads(threads)
     walked, mixed = the_walk(images), mixes(images)
-    before = json.loads(out.read_text()) if out and out.exists() else {}
-    known = before.get("fine_tuning", []) if (before.get("images"), before.get("machine")) == (images, machine()) else []
-    results = fine_tuning(images, attribute or list(ATTRIBUTES), known)
-    lines = []
+    if trainings:
+        results = fine_tuning(images, attribute or list(ATTRIBUTES))
+    elif out and out.exists():
+        results = json.loads(out.read_text())["fine_tuning"]
+    else:
+        raise typer.BadParameter("--no-trainings keeps what the file of --out has, and there is none")
+    lines, names = [], {r["attribute"] for r in results}
     for variant in VARIANTS:
         of = [r for r in results if r["variant"] == variant]
         mean = {k: sum(r[k] for r in of) / len(of) for k in ("success", "kept", "mae", "clip_direction")}
         words = "success {success:.3f}, kept {kept:.3f}, MAE {mae:.3f}, CLIP {clip_direction:.3f}"
         lines.append((variant, words.format(**mean)))
-    console.print(count_table(f"fine-tuning, mean over {len(attribute or ATTRIBUTES)} attributes, {images} held-out images", lines))
+    console.print(count_table(f"fine-tuning, mean over {len(names)} attributes, {images} held-out images", lines))
     words = "both {both:.3f} of {images} that lacked both, kept {kept:.3f}, MAE {mae:.3f}"
     console.print(count_table(f"mixes of {' and '.join(MIXED)}", [(r["mix"], words.format(**r)) for r in mixed]))
     console.print(count_table("the walk", [(k.replace("_", " "), f"{v:.5f}") for k, v in walked.items() if isinstance(v, float)]))

@@ -93,7 +93,7 @@ def finetune(
     held_out: HeldOut = None,
     patience: Patience = None,
     stop_at: StopAt = None,
-    max_pixels: o.MaxPixels = 64_000_000,
+    max_pixels: o.MaxPixels = 16_000_000,
     overwrite: Overwrite = False,
     parallel: Parallel = 1,
     workers: TuneWorkers = 1,

@@ -15,6 +15,7 @@ from fsspec import config
 
 from jobs import storage
 from jobs.cli import app
+from pipeline import schema
 
 ROOT = Path(__file__).parent.parent
 OFFICIAL = ROOT / "docs" / "from-diffusionclip.md"
@@ -162,3 +163,9 @@ def test_what_is_wrong_in_a_document_is_found(text: str) -> None:
 def test_a_broken_link_is_found_and_a_good_one_is_not() -> None:
     text = "[a](docs/method.md) [b](docs/no.md) [c](README.md#results) [d](README.md#no) [e](https://example.org/) ![f](docs/page.png)"
     assert broken_links(text, ROOT / "README.md") == ["docs/no.md", "README.md#no"]
+
+
+def test_every_command_that_decodes_pictures_has_the_same_limit() -> None:
+    limits = {name: p.default for name, command in COMMANDS.items() for p in command.params if p.name == "max_pixels"}
+    assert {"align", "invert", "edit", "finetune"} <= limits.keys()
+    assert set(limits.values()) == {schema.MAX_PIXELS}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from models.domains import Domain
@@ -21,7 +22,8 @@ def domain_figures(domain: Domain, rows: int, each: int, sweep_rows: int, sample
 
     if domain.held_out is None or domain.counterfactuals is None or domain.judge is None:
         raise ConfigError(f"domain {domain.name} has no held-out images with known factors; give folders with edits")
-    ids, (pictures, truth) = held_out_ids(domain)[:rows], (part[:rows] for part in held_out_pictures(domain))
+    ids, (pictures, truth) = held_out_ids(domain)[:rows], held_out_pictures(domain)
+    pictures, truth = pictures[:rows], truth[:rows]
     trip, trips = round_trips(domain, pictures, each)
     return {
         "domain": domain.name,
@@ -62,10 +64,14 @@ def round_trips(domain: Domain, pictures: Any, each: int) -> tuple[Any, dict[str
         is_own = step == domain.recipe.return_step
         at, some = replace(domain, recipe=replace(domain.recipe, return_step=step)), pictures if is_own else pictures[:each]
         with display(f"round trip at {step}", len(some), "images") as bar:
-            trip = round_trip(at, some, lambda done, mean, bar=bar: bar.update(done, f"mean error {mean:.5f}"))
+            trip = round_trip(at, some, partial(told, bar))
         errors[str(step)], images[str(step)] = trip.error, len(some)
         own = trip if is_own else own
     return own, {"errors": errors, "images": images, "model_calls": domain.recipe.calls_up + domain.recipe.calls_down}
+
+
+def told(bar: Any, done: int, mean: float) -> None:
+    bar.update(done, f"mean error {mean:.5f}")
 
 
 def readings(domain: Domain, pictures: Any, back: Any, truth: Any) -> dict[str, Any]:

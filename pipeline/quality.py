@@ -1,6 +1,7 @@
 """How good a domain is, on held-out images with known factors."""
 
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 from typing import NamedTuple
 
@@ -99,11 +100,15 @@ def sample(domain: Domain, count: int, steps: int, on_batch: Callable[[int], Non
     path, fresh = path_down(len(alpha_bars) - 1, steps, "linspace", alpha_bars), torch.Generator().manual_seed(0)
     done: list[Tensor] = []
     while sum(map(len, done)) < count:
-        x = torch.randn(min(batch, count - sum(map(len, done))), 3, size, size, generator=fresh)
-        shape = x.shape
-        done.append(stochastic_walk(model, x, path, alpha_bars, 1.0, lambda _, s=shape: torch.randn(s, generator=fresh)).clamp(-1, 1))
+        shape = min(batch, count - sum(map(len, done))), 3, size, size
+        draw = partial(_normal, shape, fresh)
+        done.append(stochastic_walk(model, draw(-1), path, alpha_bars, 1.0, draw).clamp(-1, 1))
         on_batch(sum(map(len, done)))
     return torch.cat(done)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator, _step: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
 
 
 def recognised(domain: Domain, pictures: Tensor, confidence: float = 0.8) -> Tensor:

@@ -6,7 +6,7 @@ Trainings take a minute or more each; ``--no-trainings`` leaves theirs in the fi
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from math import sqrt
@@ -27,16 +27,19 @@ from models.attributes import attributes_of
 from models.clip import Clip, load_clip, templates
 from models.diffusion import NoiseModel, alpha_bar_at, blend, predicted_x0, stochastic_walk, timesteps, walk
 from models.domains import DOMAINS
-from models.finetune import Objective, finetune, references, start_training
+from models.finetune import Objective, finetune, lacking, references, start_training
 from models.metrics import directional_score, mean_absolute_error
 from models.pixelface.judge import load_judge
-from models.recipe import Recipe
+from models.recipe import Recipe, Tuning
 from models.unet import load_alpha_bars, load_base, load_edit_model, trainable
 from pipeline import codec, schema
 from pipeline.quality import held_out_pictures
 
 DOMAIN = DOMAINS["pixelface"]
 BARS = load_alpha_bars(DOMAIN.weights)
+OFFICIAL = Tuning(l1_weight=6.0)
+"""What every variant changes: the official code's way to train, with an L1 weight that suits the domain. The domain's own recipe
+has several of these changes at once; docs/pixelface.md says which."""
 ATTRIBUTES = ("glasses", "smiling", "red_hair")
 VARIANTS: dict[str, dict[str, Any]] = {
     "default (log, source, full network, whole walk)": {},
@@ -50,10 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(name: str, changes: dict[str, Any], latents: Tensor, x0: Tensor, recipe: Recipe) -> NoiseModel:
-    """An edit model of one attribute, made in this process."""
-    tuning = replace(DOMAIN.tuning, **changes)
-    attribute, clip = attributes_of(DOMAIN.family)[name], load_clip(DOMAIN.clip)
+def train(name: str, tuning: Tuning, latents: Tensor, x0: Tensor, recipe: Recipe, clips: Sequence[str] = (DOMAIN.clip,)) -> NoiseModel:
+    """An edit model of one attribute, made in this process as ``pipeline.training`` makes it on a worker."""
+    attribute, networks = attributes_of(DOMAIN.family)[name], [load_clip(clip) for clip in clips]
     model = deepcopy(load_base(DOMAIN.weights))
     if tuning.rank is not None:
         lora.add(model.unet, tuning.rank)
@@ -61,12 +63,14 @@ def train(name: str, changes: dict[str, Any], latents: Tensor, x0: Tensor, recip
         for parameter in trainable(model):
             parameter.requires_grad_(True)
     objective = Objective(
-        clips=((clip, clip.text_direction(attribute.source, attribute.target)),),
+        clips=tuple((clip, clip.text_direction(attribute.source, attribute.target)) for clip in networks),
         path=replace(recipe, steps_down=tuning.steps_down).down(BARS),
         alpha_bars=BARS,
         order=recipe.order,
         tuning=tuning,
     )
+    chosen = lacking(x0, objective, tuning.images) if tuning.choose_from else torch.arange(min(len(x0), tuning.images))
+    latents, x0 = latents[chosen], x0[chosen]
     training = start_training(model, tuning)
     for _ in finetune(training, latents, references(model, latents, x0, objective), objective):
         pass
@@ -99,14 +103,14 @@ def moved(model: NoiseModel, x: Tensor, path: list[int], order: int) -> Tensor:
 def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
     """Every variant of the training for every attribute, judged on the same held-out images."""
     recipe, base = DOMAIN.recipe, load_base(DOMAIN.weights)
-    data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"].slice(0, DOMAIN.tuning.images))
+    data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"].slice(0, OFFICIAL.images))
     x0, unseen = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), held_out_pictures(DOMAIN)[0][:images]
     latents, unseen_latents = (moved(base, pictures, recipe.up(BARS), recipe.order) for pictures in (x0, unseen))
     results: list[dict[str, Any]] = []
     with display("fine-tuning variants", len(VARIANTS) * len(names), "edit models") as shown:
         for variant, changes in VARIANTS.items():
             for name in names:
-                model = train(name, changes, latents, x0, recipe)
+                model = train(name, replace(OFFICIAL, **changes), latents, x0, recipe)
                 edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
                 results.append({"variant": variant, "attribute": name, **judge(name, unseen, edited)})
                 shown.update(len(results), f"{name}: {variant}")

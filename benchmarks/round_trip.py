@@ -17,7 +17,7 @@ from jobs.progress import console, display
 from jobs.tables import count_table
 from models.domains import DOMAINS
 from models.recipe import PAPER, Recipe
-from pipeline.quality import held_out_pictures, round_trip_error
+from pipeline.quality import held_out_pictures, round_trip
 
 RECIPES = {
     "paper's test recipe (200, 40)": PAPER,
@@ -38,7 +38,7 @@ def main(images: int = 64, threads: int = 2, out: Annotated[Path | None, typer.O
     with display("round trips", len(RECIPES), "recipes") as shown:
         for name, recipe in RECIPES.items():
             started = time.perf_counter()
-            error = round_trip_error(replace(domain, recipe=recipe), pictures, lambda done, mean: None)
+            error = round_trip(replace(domain, recipe=recipe), pictures, lambda done, mean: None).error
             calls = recipe.calls_up + recipe.calls_down
             results.append({"recipe": name, "model_calls": calls, "error": error, "seconds": time.perf_counter() - started})
             shown.update(len(results), name)

@@ -12,8 +12,8 @@ from jobs import options as o
 
 LIVE = "smiling"
 """The attribute that the demo fine-tunes before your eyes; the others come ready-made."""
-LIVE_IMAGES = 32
-LIVE_TUNING = {"images": LIVE_IMAGES, "epochs": 5}
+LIVE_IMAGES = 40
+LIVE_TUNING = {"images": 24, "choose_from": LIVE_IMAGES, "epochs": 6}
 """Less than the ready-made edit models had, to be done within a minute."""
 Folder = Annotated[Path, typer.Option("--out", help="Where everything goes; an earlier demo there is replaced.")]
 Rows = Annotated[int, typer.Option(help="Held-out images to edit.", min=1, max=1000)]

@@ -15,6 +15,10 @@ Name = Annotated[str | None, typer.Option(help="The name of your own attribute."
 TRAINING, LOSS, STOPPING = "Training", "Loss", "Stopping early"
 Epochs = Annotated[int | None, typer.Option(help="Passes over the latents.", rich_help_panel=TRAINING)]
 Images = Annotated[int | None, typer.Option(help="At most this many latents.", rich_help_panel=TRAINING)]
+ChooseFrom = Annotated[
+    int | None,
+    typer.Option(help="Look at so many latents; train on those that lack the attribute most, by CLIP.", rich_help_panel=TRAINING),
+]
 Rate = Annotated[float | None, typer.Option(help="Of Adam.", rich_help_panel=TRAINING)]
 Growth = Annotated[
     float | None,
@@ -34,6 +38,10 @@ Ema = Annotated[float | None, typer.Option(help="Save a moving average of the we
 Seed = Annotated[int | None, typer.Option(help="Of the order of images.", rich_help_panel=TRAINING)]
 ClipWeight = Annotated[float | None, typer.Option(help="Of the directional CLIP loss.", rich_help_panel=LOSS)]
 L1Weight = Annotated[float | None, typer.Option(help="Of the distance to the source.", rich_help_panel=LOSS)]
+Distance = Annotated[
+    str | None,
+    typer.Option(help="That --l1-weight weighs: l1; saturating: faint changes cost more.", rich_help_panel=LOSS),
+]
 IdWeight = Annotated[float | None, typer.Option(help="Of the identity loss; needs --identity.", rich_help_panel=LOSS)]
 Form = Annotated[str | None, typer.Option(help="Of the directional loss: log (the official code's) or cosine.", rich_help_panel=LOSS)]
 Reference = Annotated[str | None, typer.Option(help="What edits are compared with: source or reconstruction.", rich_help_panel=LOSS)]
@@ -42,6 +50,9 @@ Clips = Annotated[
     typer.Option(
         "--clip", help="MODEL/PRETRAINED of open_clip or a folder; several are averaged.", rich_help_panel=LOSS, show_default="the domain's"
     ),
+]
+ViewsOption = Annotated[
+    int | None, typer.Option("--views", help="CLIP sees so many noisy, shifted views of each image; 1: the image.", rich_help_panel=LOSS)
 ]
 HeldOut = Annotated[
     int | None, typer.Option(help="Further latents to measure the similarity on, never trained on.", rich_help_panel=STOPPING)
@@ -73,6 +84,7 @@ def finetune(
     domain: o.DomainName = "pixelface",
     epochs: Epochs = None,
     images: Images = None,
+    choose_from: ChooseFrom = None,
     learning_rate: Rate = None,
     learning_rate_growth: Growth = None,
     batch: TuneBatch = None,
@@ -85,9 +97,11 @@ def finetune(
     seed: Seed = None,
     clip_weight: ClipWeight = None,
     l1_weight: L1Weight = None,
+    distance: Distance = None,
     id_weight: IdWeight = None,
     form: Form = None,
     reference: Reference = None,
+    views: ViewsOption = None,
     clip: Clips = None,
     identity: o.Identity = None,
     held_out: HeldOut = None,
@@ -124,6 +138,7 @@ def finetune(
     numbers = o.given(
         epochs=epochs,
         images=images,
+        choose_from=choose_from,
         learning_rate=learning_rate,
         learning_rate_growth=learning_rate_growth,
         batch=batch,
@@ -135,9 +150,11 @@ def finetune(
         seed=seed,
         clip_weight=clip_weight,
         l1_weight=l1_weight,
+        distance=distance,
         id_weight=id_weight,
         form=form,
         reference=reference,
+        views=views,
         held_out=held_out,
         patience=patience,
         stop_at=stop_at,
@@ -235,7 +252,7 @@ def tune_run(
     from pipeline.config import Source, TuneRun
 
     chosen = domain_named(domain)
-    known = o.given(learning_rate=attribute.learning_rate)
+    known = o.given(learning_rate=attribute.learning_rate, l1_weight=attribute.l1_weight)
     return TuneRun(
         latents=latents,
         output=models,

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from jobs.progress import display
+from models.attributes import attributes_of
 from models.clip import templates
 from models.diffusion import linear_alpha_bars
 from models.domains import DOMAINS
 from models.pixelface import training
-from models.pixelface.avatars import FACTORS, Avatar, draw_avatar, flip_one, render
+from models.pixelface.avatars import FACTORS, Avatar, draw_avatar, flip_one, render, with_factor
 from models.pixelface.judge import Judge
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -42,7 +43,7 @@ SCHEDULER = {
     "prediction_type": "epsilon",
     "clip_sample": False,
 }
-CLIP_CONFIG = {
+CLIP_CONFIG: dict[str, dict[str, Any]] = {
     "model_cfg": {
         "embed_dim": 128,
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 2, 1], "width": 24, "head_width": 24},
@@ -50,6 +51,15 @@ CLIP_CONFIG = {
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
+SCORING_CLIP_CONFIG: dict[str, dict[str, Any]] = {
+    "model_cfg": {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 20, "head_width": 20},
+        "text_cfg": {"context_length": 40, "width": 64, "heads": 4, "layers": 2, "vocab_size": 49408},
+    },
+    "preprocess_cfg": CLIP_CONFIG["preprocess_cfg"],
+}
+"""Of the CLIP that only scores: another network, another seed, other batches, and pictures whose colours change."""
 
 
 def make_unet() -> Any:
@@ -66,8 +76,7 @@ def make_unet() -> Any:
     )
 
 
-def make_clip() -> CLIP:
-    config: Any = CLIP_CONFIG["model_cfg"]
+def make_clip(config: dict[str, Any] = CLIP_CONFIG["model_cfg"]) -> CLIP:
     return CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]))
 
 
@@ -116,6 +125,35 @@ def images(build: Build = BUILD) -> None:
     write_table(DOMAIN.tuning_images, "tuning", pictures, factors)
 
 
+@app.command()
+def counterfactuals() -> None:
+    """Draw every held-out image again for each attribute that it lacks, with that one factor changed (a minute; needs Node.js)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline import codec, schema
+
+    avatars = list(groups(HELD_OUT, 0, seed=2))
+    wanted = [
+        (row, a)
+        for a in attributes_of(DOMAIN.family).values()
+        for row in range(HELD_OUT)
+        if a.changes and not has(avatars[row], *a.changes)
+    ]
+    pictures, _ = draw([with_factor(avatars[row], *a.changes) for row, a in wanted if a.changes], "counterfactuals")
+    columns = {
+        "id": [f"avatar-{row:04d}" for row, _ in wanted],
+        "attribute": [a.name for _, a in wanted],
+        "image": pa.array([{"bytes": codec.encode_png(picture), "path": None} for picture in pictures], schema.IMAGE),
+    }
+    assert DOMAIN.counterfactuals is not None
+    pq.write_table(pa.table(columns), DOMAIN.counterfactuals, row_group_size=100, compression="zstd")
+
+
+def has(avatar: Avatar, factor: str, value: str) -> bool:
+    return bool(avatar["factors"][factor] == value)
+
+
 def write_table(file: Path, stem: str, pictures: np.ndarray, factors: np.ndarray) -> None:
     """Pictures with captions and true factors, as Parquet that the Hub viewer shows."""
     import pyarrow as pa
@@ -148,7 +186,7 @@ def describe(truth: dict[str, str]) -> str:
 
 def run(name: str, model: nn.Module, steps: int, rate: float, build: Path, make: Any) -> dict[str, torch.Tensor]:
     """Trains with checkpoints every hundred steps; returns the averaged weights. ``make(optimizer, start)`` yields losses."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "initial_lr": rate}], rate, weight_decay=0.0)
     average, file = training.Ema(model, 0.998), build / f"{name}.pt"
     if file.exists():
@@ -176,17 +214,26 @@ def load_pictures(build: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @app.command()
-def diffusion(build: Build = BUILD, steps: int = 3000) -> None:
-    """Train the diffusion model (an hour on one core)."""
+def diffusion(build: Build = BUILD, steps: int = 3000, even_steps: int = 5000) -> None:
+    """Train the diffusion model: first where edits walk, then on all timesteps alike, for pictures from noise alone."""
     torch.manual_seed(0)
     pictures, _ = load_pictures(build)
-    unet = make_unet()
+    unet, alpha_bars = make_unet(), linear_alpha_bars()
 
-    def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
-        alpha_bars = linear_alpha_bars()
-        return training.train_diffusion(lambda x, t: unet(x, t).sample, optimizer, pictures, alpha_bars, steps=steps, start=start)
+    def phase(count: int, low_share: float, seed: int) -> Any:
+        return lambda optimizer, start: training.train_diffusion(
+            lambda x, t: unet(x, t).sample,
+            optimizer,
+            pictures,
+            alpha_bars,
+            steps=count,
+            start=start,
+            low_share=low_share,
+            seed=seed,
+        )
 
-    unet.load_state_dict(run("diffusion", unet, steps, 8e-4, build, make))
+    unet.load_state_dict(run("diffusion", unet, steps, 8e-4, build, phase(steps, 0.5, 0)))
+    unet.load_state_dict(run("diffusion-even", unet, even_steps, 5e-4, build, phase(even_steps, 0.0, 1)))
     unet.half().save_pretrained(DOMAIN.weights)
     (Path(DOMAIN.weights) / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
 
@@ -205,10 +252,40 @@ def clip(build: Build = BUILD, steps: int = 3000, small_steps: int = 2500) -> No
 
     model.load_state_dict(run("clip", model, steps, 1e-3, build, phase((), steps, 0)))
     weights = run("clip-small", model, small_steps, 6e-4, build, phase(SMALL, small_steps, 1))
-    folder = Path(DOMAIN.clip)
+    save_clip(Path(DOMAIN.clip), weights, CLIP_CONFIG, tokenizer)
+
+
+@app.command()
+def scoring_clip(build: Build = BUILD, steps: int = 3000) -> None:
+    """Train the CLIP that takes part in no loss (a quarter of an hour on one core)."""
+    torch.manual_seed(7)
+    pictures, factors = load_pictures(build)
+    model, tokenizer = make_clip(SCORING_CLIP_CONFIG["model_cfg"]), SimpleTokenizer(context_length=40)
+
+    def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
+        return training.train_clip(
+            model,
+            tokenizer,
+            templates(),
+            optimizer,
+            pictures,
+            factors,
+            steps=steps,
+            start=start,
+            pairs=32,
+            focus=SMALL,
+            tint=0.1,
+            seed=7,
+        )
+
+    assert DOMAIN.scoring_clip is not None
+    save_clip(Path(DOMAIN.scoring_clip), run("scoring-clip", model, steps, 1.5e-3, build, make), SCORING_CLIP_CONFIG, tokenizer)
+
+
+def save_clip(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any], tokenizer: SimpleTokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(half(zero_unseen_words(weights, tokenizer)), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def zero_unseen_words(weights: dict[str, torch.Tensor], tokenizer: SimpleTokenizer) -> dict[str, torch.Tensor]:

@@ -21,12 +21,19 @@ class Attribute:
     """The factor and the value that the edit should give it, where a domain knows its factors."""
     return_step: int | None = None
     learning_rate: float | None = None
+    l1_weight: float | None = None
+    """Of its kind, where that is not the domain's."""
     note: str = ""
     """The file name of the published edit model that the return step is of; how the text was corrected."""
 
 
 def _pixelface(name: str, source: str, target: str, factor: str, value: str) -> Attribute:
-    return Attribute(name=name, family="pixelface", source=source, target=target, changes=(factor, value))
+    weight = COLOR_L1_WEIGHT if factor in ("hair_color", "skin") else None
+    return Attribute(name=name, family="pixelface", source=source, target=target, changes=(factor, value), l1_weight=weight)
+
+
+COLOR_L1_WEIGHT = 1.0
+"""A colour covers more pixels than a thing, so that the same distance would hold it back more."""
 
 
 def _official(
@@ -40,13 +47,16 @@ def _official(
 
 _PIXELFACE = (
     _pixelface("glasses", "face without glasses", "face with glasses", "glasses", "yes"),
+    _pixelface("no_glasses", "face with glasses", "face without glasses", "glasses", "no"),
     _pixelface("hat", "face without hat", "face with a hat", "hat", "yes"),
+    _pixelface("no_hat", "face with a hat", "face without hat", "hat", "no"),
     _pixelface("beard", "face without beard", "face with a beard", "beard", "yes"),
+    _pixelface("no_beard", "face with a beard", "face without beard", "beard", "no"),
     _pixelface("smiling", "sad face", "smiling face", "mouth", "smiling"),
     _pixelface("sad", "smiling face", "sad face", "mouth", "sad"),
-    _pixelface("red_hair", "face", "face with red hair", "hair_color", "red"),
-    _pixelface("blond_hair", "face", "face with blond hair", "hair_color", "blond"),
-    _pixelface("tanned", "face", "tanned face", "skin", "tanned"),
+    _pixelface("long_hair", "face with short hair", "face with long hair", "hair_length", "long"),
+    *(_pixelface(f"{color}_hair", "face", f"face with {color} hair", "hair_color", color) for color in ("red", "blond", "black", "grey")),
+    *(_pixelface(skin, "face", f"{skin} face", "skin", skin) for skin in ("tanned", "pale")),
 )
 
 _HUMAN = (

@@ -40,6 +40,8 @@ class Domain:
     """Number of classes of a class-conditional network."""
     clip: str = "ViT-B-16/openai"
     """``MODEL/PRETRAINED`` of open_clip, or the reference of a folder with ``open_clip_config.json``."""
+    scoring_clip: str | None = None
+    """A second, differently trained CLIP that takes part in no loss, where there is one."""
     edits: str | None = None
     """Reference of a folder with ready-made edit models."""
     about: str = ""
@@ -52,6 +54,8 @@ class Domain:
     """A factor classifier, where the domain's images have known factors."""
     held_out: Path | None = None
     """Images that no training has seen."""
+    counterfactuals: Path | None = None
+    """Parquet with ``id``, ``attribute`` and ``image``: held-out images drawn again with just that factor changed."""
     tuning_images: Path | None = None
     """Images to fine-tune attributes with."""
 
@@ -100,14 +104,27 @@ _ALL = (
         weights=str(_PIXELFACE / "diffusion"),
         origin="shipped with the project; docs/pixelface.md says how they were trained",
         clip=str(_PIXELFACE / "clip"),
+        scoring_clip=str(_PIXELFACE / "scoring_clip"),
         edits=str(_PIXELFACE / "edits"),
         about="32x32 pixel-art faces with known factors; small enough for two cores, shipped with the project",
         licence="drawings CC0 1.0 (DiceBear pixel-art), weights Apache-2.0",
         known_words_only=True,
         judge=_PIXELFACE / "judge.safetensors",
         held_out=_PIXELFACE.parent / "held_out.parquet",
+        counterfactuals=_PIXELFACE.parent / "counterfactuals.parquet",
         tuning_images=_PIXELFACE.parent / "tuning.parquet",
-        tuning=Tuning(l1_weight=6.0),
+        tuning=Tuning(
+            epochs=8,
+            batch=4,
+            learning_rate=2e-3,
+            steps_down=4,
+            l1_weight=2.0,
+            distance="saturating",
+            rank=8,
+            images=32,
+            choose_from=96,
+            views=8,
+        ),
     ),
     _real(
         "celebahq-256",

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.clip import Clip
 from models.diffusion import NoiseModel, moves, predicted_x0, walk
 from models.identity import Identity, identity_loss
-from models.losses import directional_loss, directional_similarity
+from models.losses import directional_loss, directional_similarity, distance
 from models.recipe import Tuning
+from models.views import draw_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Objective:
     tuning: Tuning
     identity: Identity | None = None
     """Needed if the tuning weighs an identity loss."""
+    draw: torch.Generator | None = None
+    """Where the views of an image come from; without it CLIP sees the images themselves."""
 
     def __post_init__(self) -> None:
         if self.tuning.id_weight and self.identity is None:
@@ -43,12 +46,14 @@ def image_loss(edited: Tensor, reference: Tensor, objective: Objective) -> dict[
     """Scalars ``loss``, ``clip``, ``l1``, ``similarity`` (and ``identity``) of edited images and what they are compared
     with, (B, 3, H, W) each in about [-1, 1] (DiffusionCLIP, eq. 10)."""
     tuning, similarities, terms = objective.tuning, [], []
+    views = draw_views(reference, tuning.views, tuning.view_noise, objective.draw) if objective.draw is not None else None
     for clip, direction in objective.clips:
+        look = partial(views.features, clip) if views is not None else clip.image_features
         with torch.no_grad():
-            before = clip.image_features(reference)
-        similarities.append(directional_similarity(before, clip.image_features(edited), direction))
+            before = look(reference)
+        similarities.append(directional_similarity(before, look(edited), direction))
         terms.append(directional_loss(similarities[-1], tuning.form))
-    clip_term, l1_term = torch.stack(terms).mean(), F.l1_loss(edited, reference)
+    clip_term, l1_term = torch.stack(terms).mean(), distance(edited, reference, tuning.distance)
     losses = {"clip": clip_term, "l1": l1_term, "similarity": torch.stack(similarities).mean().detach()}
     loss = tuning.clip_weight * clip_term + tuning.l1_weight * l1_term
     if objective.identity is not None and tuning.id_weight:
@@ -93,6 +98,18 @@ def references(model: NoiseModel, latents: Tensor, x0: Tensor, objective: Object
         return x0
     parts = latents.split(objective.tuning.batch)
     return torch.cat([walk(model, part, objective.path, objective.alpha_bars, objective.order) for part in parts])
+
+
+@torch.no_grad()
+def lacking(x0: Tensor, objective: Objective, count: int) -> Tensor:
+    """int64 (count,): which images (N, C, H, W) are farthest from the target text, seen from the source text, in order.
+
+    Many images may show the attribute already; trained on them, a model learns to change something else.
+    """
+    parts = x0.split(objective.tuning.batch)
+    shown = sum(torch.cat([clip.image_features(part) for part in parts]) @ direction for clip, direction in objective.clips)
+    assert isinstance(shown, Tensor)
+    return shown.argsort()[:count].sort().values
 
 
 @torch.no_grad()
@@ -271,6 +288,8 @@ def _epoch(training: Training, latents: Tensor, reference: Tensor, objective: Ob
     tuning = objective.tuning
     shuffled = torch.Generator().manual_seed(tuning.seed * 1_000_003 + training.epoch)
     order = torch.randperm(len(latents), generator=shuffled).to(latents.device)
+    if tuning.views > 1:
+        objective = replace(objective, draw=shuffled)
     for group in order.split(tuning.batch * tuning.accumulate):
         batches = group.split(tuning.batch)
         shares = [len(rows) / len(group) for rows in batches]

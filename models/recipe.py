@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from models.diffusion import SPACINGS, path_down, path_up
-from models.losses import FORMS
+from models.losses import DISTANCES, FORMS
 
 ORDERS = {"ddim": 1, "ab2": 2}
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
@@ -148,6 +148,9 @@ class Tuning:
     l1_weight: float = 1.0
     id_weight: float = 0.0
     """Of the identity loss, which needs the weights of a face recognition network."""
+    distance: str = "l1"
+    """What ``l1_weight`` weighs: ``l1`` (the official code's), or ``saturating``, under which a faint change of everything costs
+    more than a strong one of a few pixels."""
     form: str = "log"
     reference: str = "source"
     """What the edited image is compared with: the ``source`` (the official code's) or its ``reconstruction`` by the base
@@ -161,6 +164,12 @@ class Tuning:
     """Decay of the moving average of the weights that is saved in their place; 0 saves the weights themselves."""
     images: int = 48
     """At most this many latents are used for training."""
+    choose_from: int = 0
+    """If more than ``images``: so many latents are looked at, and those trained on that lack the attribute most, by the CLIPs."""
+    views: int = 1
+    """If more than 1: CLIP sees so many noisy, shifted views of each image, and their mean features count."""
+    view_noise: float = 0.3
+    """Most noise of a view, as a standard deviation of pixels in [-1, 1]."""
     held_out: int = 0
     """Further latents that are never trained on, to measure the directional similarity on after each epoch."""
     patience: int = 0
@@ -172,7 +181,8 @@ class Tuning:
     def problems(self) -> list[str]:
         """Sentences that say what is impossible about these numbers; empty if nothing is."""
         found = []
-        least_of = {"epochs": 1, "batch": 1, "accumulate": 1, "steps_down": 2, "images": 1, "held_out": 0, "patience": 0}
+        least_of = {"epochs": 1, "batch": 1, "accumulate": 1, "steps_down": 2, "images": 1, "views": 1}
+        least_of |= {"choose_from": 0, "held_out": 0, "patience": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 found.append(f"{name.replace('_', ' ')} must be at least {least}; got {getattr(self, name)}")
@@ -183,11 +193,13 @@ class Tuning:
         weights = (self.clip_weight, self.l1_weight, self.id_weight)
         if not all(0 <= w < float("inf") for w in weights) or not any(weights):
             found.append("loss weights must not be negative nor all 0; got clip {}, l1 {}, id {}".format(*weights))
-        for name, allowed in (("form", FORMS), ("reference", REFERENCES), ("memory", MEMORY)):
+        for name, allowed in (("form", FORMS), ("distance", DISTANCES), ("reference", REFERENCES), ("memory", MEMORY)):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if self.rank is not None and not 1 <= self.rank <= 256:
             found.append(f"the rank of low-rank weights must lie between 1 and 256; got {self.rank}")
+        if not 0 <= self.view_noise <= 2:
+            found.append(f"the noise of views must lie between 0 and 2; got {self.view_noise}")
         if not 0 <= self.ema < 1:
             found.append(f"the decay of the moving average must lie between 0 and 1; got {self.ema}")
         if (self.patience or self.stop_at is not None) and not self.held_out:

@@ -83,10 +83,10 @@ def train_loop(config: dict[str, Any]) -> None:
     tuning, context = run.tuning, ray.train.get_context()
     workers, rank = context.get_world_size(), context.get_world_rank()
     shard = ray.train.get_dataset_shard("train")
-    share = [-(-count // workers) for count in (tuning.images, tuning.held_out)]
+    share = [-(-count // workers) for count in (max(tuning.images, tuning.choose_from), tuning.held_out)]
     loading = ThreadPoolExecutor(1).submit(load_latents, shard, sum(share), run.domain.image_size, run.max_pixels)
 
-    from models.finetune import alone, finetune, references, start_training, steps_per_epoch  # slow to import
+    from models.finetune import alone, finetune, lacking, references, start_training, steps_per_epoch  # slow to import
 
     torch.set_num_threads(max(1, round(run.cpus)))
     torch.manual_seed(tuning.seed)
@@ -97,6 +97,9 @@ def train_loop(config: dict[str, Any]) -> None:
     latents, x0 = (images.to(device) for images in loading.result())
     reference = references(model, latents, x0, objective)  # before any checkpoint is loaded: by the base model
     (latents, unseen), (reference, before) = (split_held_out(images, share[1]) for images in (latents, reference))
+    if tuning.choose_from > tuning.images:
+        chosen = lacking(x0[: len(latents)], objective, -(-tuning.images // workers))
+        latents, reference = latents[chosen], reference[chosen]
     history = _restore(training)
     per_epoch = steps_per_epoch(len(latents), tuning, objective.path)
     counts = {"images": len(latents) * workers, "steps": per_epoch * tuning.epochs}

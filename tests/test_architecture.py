@@ -33,6 +33,7 @@ TESTED_ELSEWHERE = {
     "jobs/align.py": "test_alignment.py",  # with what it calls
     **{f"jobs/{name}.py": "test_submit.py" for name in ("cluster", "environment", "following", "submitted")},  # with a real cluster
     **{f"jobs/{name}.py": "test_plan.py" for name in ("planning", "prospect")},  # as the command uses them
+    "jobs/showpiece.py": "test_truth.py",  # what it prints is measured there
     "jobs/rebuild.py": "test_pixelface_training.py",  # hours of training; its parts are tested
     "pipeline/dataset.py": "test_end_to_end.py",  # needs a Ray cluster
     "pipeline/training.py": "test_end_to_end.py",

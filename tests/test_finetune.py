@@ -23,6 +23,7 @@ from models.finetune import (
     edit_losses,
     finetune,
     image_loss,
+    lacking,
     references,
     similarity_of,
     start_training,
@@ -432,3 +433,24 @@ def test_gradients_can_be_averaged_between_workers_before_each_step(objective: O
     assert len(calls) == 9
     assert min(calls) > 0
     assert same(before, weights(model)), "the step used gradients that were not those of all workers"
+
+
+# ---- views and the choice of images ----------------------------------------------------------------------------------
+
+
+def test_of_many_images_those_that_lack_the_attribute_most_are_trained_on(objective: Objective) -> None:
+    ((clip, direction),) = objective.clips
+    shown = (clip.image_features(X0) @ direction).tolist()
+    assert lacking(X0, objective, 2).tolist() == sorted(sorted(range(5), key=shown.__getitem__)[:2])
+
+
+def test_with_views_a_change_that_is_no_change_has_no_similarity_and_training_differs(
+    objective: Objective, fresh: Callable[[], nn.Module]
+) -> None:
+    drawn = replace(with_tuning(objective, views=3), draw=torch.Generator().manual_seed(0))
+    assert image_loss(X0, X0, drawn)["similarity"] == pytest.approx(0, abs=1e-4)  # the same views before and after
+    ends = []
+    for views in (1, 3, 3):
+        training = start_training(fresh(), TUNING)
+        ends.append([told["loss"] for told in finetune(training, LATENTS, X0, with_tuning(objective, views=views))])
+    assert ends[1] == ends[2] != ends[0]

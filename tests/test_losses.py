@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.losses import directional_loss, directional_similarity
+from models.losses import directional_loss, directional_similarity, distance
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -75,3 +75,15 @@ def test_no_change_at_all_is_similarity_0_with_a_gradient_that_can_be_followed()
     assert 0 < after.grad.norm() < 1000
     moved = directional_similarity(features, features - 0.1 * after.grad / after.grad.norm(), direction)
     assert (moved > 0.9).all()
+
+
+def test_the_saturating_distance_is_that_of_l1_at_its_ends_and_dear_for_a_tint() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    tint, patch = x + 0.1, x.clone()
+    patch[..., :2, :4] = 0.8  # the same L1: an eighth of the pixels, eight times as much
+    assert distance(tint, x) == pytest.approx(float(distance(patch, x)))
+    assert distance(x + 1, x, "saturating") == pytest.approx(1)
+    assert distance(x, x, "saturating") == 0
+    assert distance(tint, x, "saturating") > 2.5 * distance(patch, x, "saturating")
+    with pytest.raises(ValueError, match="one of l1, saturating"):
+        distance(x, x, "l2")

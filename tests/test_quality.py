@@ -40,17 +40,18 @@ def test_held_out_pictures_come_with_their_true_factors(domain: Domain) -> None:
 def test_the_round_trip_error_is_the_mean_over_all_images_and_is_told_on_the_way(domain: Domain) -> None:
     pictures, _ = quality.held_out_pictures(domain)
     told: list[tuple[int, float]] = []
-    error = quality.round_trip_error(domain, pictures, lambda done, so_far: told.append((done, so_far)), batch=2)
+    latents, back, error = quality.round_trip(domain, pictures, lambda done, so_far: told.append((done, so_far)), batch=2)
+    assert latents.shape == back.shape == pictures.shape
     assert [done for done, _ in told] == [2, 4, 5]
     assert told[-1][1] == error
-    alone = [quality.round_trip_error(domain, p[None], lambda *_: None) for p in pictures]
+    alone = [quality.round_trip(domain, p[None], lambda *_: None).error for p in pictures]
     assert error == pytest.approx(float(np.mean(alone)), rel=1e-3)
 
 
 def test_more_steps_bring_images_back_better(domain: Domain) -> None:
     pictures, _ = quality.held_out_pictures(domain)
     finer = replace(domain, recipe=replace(domain.recipe, steps_up=40, steps_down=40))
-    ours, better = (quality.round_trip_error(d, pictures, lambda *_: None) for d in (domain, finer))
+    ours, better = (quality.round_trip(d, pictures, lambda *_: None).error for d in (domain, finer))
     assert better < ours / 2
 
 
@@ -74,9 +75,11 @@ def by_clip(domain: Domain, pictures: torch.Tensor) -> quality.Truth:
     return read
 
 
-@pytest.mark.parametrize(
-    ("measure", "reader"), [(quality.judge_accuracy, by_judge), (quality.zero_shot_accuracy, by_clip)], ids=["judge", "zero-shot"]
-)
+def zero_shot(domain: Domain, pictures: torch.Tensor, truth: quality.Truth) -> dict[str, float]:
+    return quality.zero_shot_accuracy(domain.clip, pictures, truth)
+
+
+@pytest.mark.parametrize(("measure", "reader"), [(quality.judge_accuracy, by_judge), (zero_shot, by_clip)], ids=["judge", "zero-shot"])
 def test_accuracy_is_the_share_of_pictures_read_right_for_each_factor(
     domain: Domain, measure: Callable[..., dict[str, float]], reader: Callable[..., Any]
 ) -> None:

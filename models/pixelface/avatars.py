@@ -181,19 +181,44 @@ def vocabulary() -> list[str]:
     return [*_SUBJECTS, *words, *colors, "with without no hair , in wearing clothes on a background hat cap beard"]
 
 
-_PROMPTS: dict[str, str] = {
-    "skin": "{} face",
-    "hair_color": "face with {} hair",
-    "hair_length": "face with {} hair",
-    "mouth": "{} face",
-    "clothing": "face in {} clothes",
-    "background": "face on a {} background",
+_PROMPTS: dict[str, dict[str, str]] = {
+    "plain": {
+        "skin": "{} face",
+        "hair_color": "face with {} hair",
+        "hair_length": "face with {} hair",
+        "mouth": "{} face",
+        "clothing": "face in {} clothes",
+        "background": "face on a {} background",
+    },
+    "person": {
+        "skin": "{} person",
+        "hair_color": "person with {} hair",
+        "hair_length": "person with {} hair",
+        "mouth": "{} person",
+        "clothing": "person wearing {} clothes",
+        "background": "person on a {} background",
+    },
+    "held out": {
+        "skin": "a portrait of a person, {}",
+        "hair_color": "{} hair on a face",
+        "hair_length": "{} hair on a face",
+        "mouth": "portrait of a person, {}",
+        "clothing": "{} clothes on a person",
+        "background": "a {} background with a face",
+    },
 }
+_WORN = {
+    "plain": ("face without {}", "face with {}"),
+    "person": ("person with no {}", "person with {}"),
+    "held out": ("no {} on a face", "{} on a face"),
+}
+WORDINGS = tuple(_PROMPTS)
+"""Ways to ask for a factor's values; no caption of the training is built like those of ``held out``."""
 
 
-def prompts(factor: str) -> list[str]:
-    """One text for each value of a factor, in order, for zero-shot classification."""
-    if factor in _PROMPTS:
-        return [_PROMPTS[factor].format(value) for value in FACTORS[factor]]
-    thing = _THINGS[factor][0]
-    return [f"face without {thing.removeprefix('a ')}", f"face with {thing}"]
+def prompts(factor: str, wording: str = "plain") -> list[str]:
+    """One text for each value of a factor, in order, for zero-shot classification; ``wording`` is one of ``WORDINGS``."""
+    if factor in _PROMPTS[wording]:
+        return [_PROMPTS[wording][factor].format(value) for value in FACTORS[factor]]
+    thing, (absent, present) = _THINGS[factor][0], _WORN[wording]
+    return [absent.format(thing.removeprefix("a ")), present.format(thing)]

@@ -1,0 +1,104 @@
+"""What each part of the embedded domain's recipe does: it is changed one part at a time, and judged against exact counterfactuals.
+
+The images are drawn for this purpose (Node.js is needed, see docs/pixelface.md): neither those that figures are reported on nor
+those that are trained on. python -m benchmarks.ablation --out benchmarks/results/ablation.json
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.deviations import BARS, DOMAIN, moved, train
+from jobs.evaluate import machine
+from jobs.progress import console, display
+from jobs.rebuild import groups
+from jobs.tables import count_table
+from models.attributes import attributes_of
+from models.pixelface.avatars import Avatar, render, with_factor
+from models.unet import load_base
+from pipeline import codec, schema
+from pipeline.truth import edit_scores
+
+ATTRIBUTES = ("hat", "red_hair")
+SEED, AVATARS = 4, 64
+STEPS_DOWN = 10
+"""Half of the recipe's own: edits hardly differ, and there are many to make."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "distance l1": {"distance": "l1"},
+    "CLIP sees the image itself": {"views": 1},
+    "the first 32 images": {"choose_from": 0},
+    "all 96 images, as many steps": {"choose_from": 0, "images": 96, "epochs": 3},
+    "weight of the distance 1": {"l1_weight": 1.0},
+    "weight of the distance 4": {"l1_weight": 4.0},
+    "form cosine": {"form": "cosine"},
+    "reference reconstruction": {"reference": "reconstruction"},
+    "batch 8, half as many steps": {"batch": 8},
+    "6 rungs": {"steps_down": 6},
+    "stepwise, as many steps": {"memory": "stepwise", "epochs": 2},
+    "rank 2": {"rank": 2},
+    "rank 32": {"rank": 32},
+    "full network, rate 5e-5": {"rank": None, "learning_rate": 5e-5},
+    "return step 300": {"return_step": 300},
+    "return step 500": {"return_step": 500},
+    "two CLIPs": {"clips": (DOMAIN.clip, DOMAIN.scoring_clip)},
+}
+
+
+def pictures(avatars: list[Avatar]) -> Tensor:
+    return codec.to_tensor([picture.transpose(2, 0, 1) for picture in render(avatars)])
+
+
+def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: int) -> dict[str, Any]:
+    """One edit model, made with the recipe but for ``changes``, on avatars that lack the attribute."""
+    attribute, rest = attributes_of(DOMAIN.family)[name], dict(changes)
+    assert attribute.changes is not None
+    recipe, clips = (
+        replace(DOMAIN.recipe, return_step=rest.pop("return_step", DOMAIN.recipe.return_step)),
+        rest.pop("clips", (DOMAIN.clip,)),
+    )
+    own = {} if attribute.l1_weight is None else {"l1_weight": attribute.l1_weight}
+    data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"])
+    x0, base = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), load_base(DOMAIN.weights)
+    model = train(name, replace(DOMAIN.tuning, **{**own, **rest}), moved(base, x0, recipe.up(BARS), recipe.order), x0, recipe, clips)
+    factor, value = attribute.changes
+    without = [a for a in avatars if a["factors"][factor] != value][:images]
+    source, target = pictures(without), pictures([with_factor(a, factor, value) for a in without])
+    latents = moved(base, source, recipe.up(BARS), recipe.order)
+    after = moved(model, latents, replace(recipe, steps_down=STEPS_DOWN).down(BARS), recipe.order).clamp(-1, 1)
+    return edit_scores(DOMAIN, attribute, source, after, target)
+
+
+def main(
+    images: int = 40,
+    attribute: Annotated[list[str] | None, typer.Option()] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only those whose name begins like this.")] = None,
+    threads: int = 2,
+    out: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    """Prints success, other factors kept and change outside the attribute's region for every variant and attribute."""
+    torch.set_num_threads(threads)
+    avatars = list(groups(AVATARS, 0, seed=SEED))
+    names = [v for v in VARIANTS if not variant or any(v.startswith(start) for start in variant)]
+    wanted = [(v, a) for v in names for a in attribute or ATTRIBUTES]
+    results, lines = [], []
+    with display("ablation", len(wanted), "edit models") as shown:
+        for v, name in wanted:
+            scores = measured(name, VARIANTS[v], avatars, images)
+            results.append({"variant": v, **scores})
+            lines.append((f"{name}: {v}", "success {success:.3f}, kept {kept:.3f}, outside {outside:.3f}".format(**scores)))
+            shown.update(len(results), ": ".join(lines[-1]))
+            if out:
+                report = {"machine": machine(), "seed": SEED, "steps_down": STEPS_DOWN, "results": results}
+                out.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(count_table(f"{images} images at most", lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)

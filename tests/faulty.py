@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -121,6 +122,20 @@ class FullDisk(Light):
         if not happens(self.run, "room", 2):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return super().finish(table, withheld)
+
+
+class ReadOnly(Light):
+    """The file system that is mounted at its output becomes read-only once two blocks are written."""
+
+    def finish(self, table: pa.Table, withheld: Any = None) -> pa.Table:
+        if not happens(self.run, "room", 2):
+            while remount(self.run.output, "ro"):  # busy as long as a file is open for writing
+                pass
+        return super().finish(table, withheld)
+
+
+def remount(folder: str | Path, how: str) -> int:
+    return subprocess.run(["mount", "-o", f"remount,{how}", folder], capture_output=True, check=False).returncode
 
 
 class NoWeights(Light):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -18,7 +19,7 @@ from faulty_s3 import FaultyS3, faulty_s3
 
 from models.domains import Domain
 from pipeline import dataset, isolation, schema
-from pipeline.config import Resources, Run, Source
+from pipeline.config import ConfigError, Resources, Run, Source
 from pipeline.faults import JobError, explained, from_bytes, to_bytes
 from pipeline.manifest import read_manifest, write_in_one_stroke
 from pipeline.plan import make_plan
@@ -190,6 +191,31 @@ def test_a_disk_that_fills_up_ends_the_job_with_one_line_and_afterwards_it_goes_
     report = carry_out(run, faulty.Light, monkeypatch)
     assert report.resumed >= 6
     assert {name: row["latent"] for name, row in faulty.rows_of(run.output).items()} == wanted
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, which can be made read-only."""
+    (folder := tmp_path / "mounted").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("only who may mount can make a file system read-only")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_output_that_becomes_read_only_ends_the_job_and_one_that_is_read_only_is_refused_before_it_starts(
+    make_run: Make, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(15, output=str(mounted))
+    with pytest.raises(JobError, match=r"cannot be written \(Read-only file system\); see to the permissions, or renew"):
+        carry_out(run, faulty.ReadOnly, monkeypatch)
+    with pytest.raises(ConfigError, match=f"the output {mounted} cannot be written to: .*Read-only file system"):
+        make_plan(run)
+    assert faulty.remount(mounted, "rw") == 0
+    report = carry_out(run, faulty.Light, monkeypatch)
+    assert report.resumed >= 6
+    assert len(faulty.rows_of(run.output)) == report.done == 15
 
 
 def bad_day(forbidden: str) -> Callable[[str, str], str | None]:

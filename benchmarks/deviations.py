@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -197,6 +198,55 @@ def the_walk(images: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def readings(images: int) -> dict[str, float]:
+    """What half precision, a resize that is not antialiased and a wrong text change in CLIP's reading of edits, and TF32 in the walk."""
+    domain_clip, unseen = load_clip(DOMAIN.clip), held_out_pictures(DOMAIN)[0][:images]
+    recipe, base = DOMAIN.recipe, load_base(DOMAIN.weights)
+    edited = moved(
+        load_edit_model(DOMAIN.weights, f"{DOMAIN.edits}/glasses.safetensors"),
+        moved(base, unseen, recipe.up(BARS), recipe.order),
+        recipe.down(BARS),
+        recipe.order,
+    ).clamp(-1, 1)
+    whole = change(domain_clip, unseen, edited)
+    half = deepcopy(domain_clip).bfloat16()
+    large = [F.interpolate(x, scale_factor=2.5, mode="bicubic", antialias=True) for x in (unseen, edited)]
+    sharp = [F.interpolate(x, unseen.shape[-2:], mode="bicubic", antialias=False) for x in large]
+    rounded = deepcopy(base)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.copy_(tf32(module.weight))
+            module.register_forward_pre_hook(lambda _, inputs: tuple(tf32(x) for x in inputs))
+    back = []
+    for model in (base, rounded):
+        latents = moved(model, unseen, recipe.up(BARS), recipe.order)
+        back.append(moved(model, latents, recipe.down(BARS), recipe.order).clamp(-1, 1))
+    grey, red = (domain_clip.text_direction("person", f"person with {color} hair") for color in ("grey", "red"))
+    return {
+        "clip_change_cosine_bfloat16": cosine(whole, change(half, unseen.bfloat16(), edited.bfloat16()).float()),
+        "clip_change_cosine_not_antialiased": cosine(change(domain_clip, *large), change(domain_clip, *sharp)),
+        "round_trip_tf32": float(mean_absolute_error(unseen, back[1]).mean()),
+        "round_trip_tf32_from_float32": float(mean_absolute_error(*back).mean()),
+        "text_cosine_grey_and_red_hair": float(grey @ red),
+    }
+
+
+def change(clip: Clip, before: Tensor, after: Tensor) -> Tensor:
+    """(N, D): how CLIP's features of pictures change."""
+    return clip.image_features(after) - clip.image_features(before)
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float(F.cosine_similarity(one, other).mean())
+
+
+def tf32(x: Tensor) -> Tensor:
+    """float32 rounded to the 10 bits of mantissa that TF32 multiplies, to the nearest, in float32."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def text_cosine(clip: Clip, source: str, target: str) -> float:
     """Between the text direction here (features averaged, then normalised) and the official code's (the mean of the
     differences of normalised features, template by template)."""
@@ -204,8 +254,8 @@ def text_cosine(clip: Clip, source: str, target: str) -> float:
         features = [
             clip.model.encode_text(clip.tokenizer([template.format(text) for template in templates()])) for text in (source, target)
         ]
-    before, after = (torch.nn.functional.normalize(f, dim=-1).mean(0) for f in features)
-    return float(torch.nn.functional.cosine_similarity(after - before, clip.text_direction(source, target), dim=0))
+    before, after = (F.normalize(f, dim=-1).mean(0) for f in features)
+    return float(F.cosine_similarity(after - before, clip.text_direction(source, target), dim=0))
 
 
 def main(
@@ -217,7 +267,7 @@ def main(
 ) -> None:
     """Prints mean success, other factors kept, distance and similarity of every variant, and the effects on the walk."""
     torch.set_num_threads(threads)
-    walked, mixed = the_walk(images), mixes(images)
+    walked, mixed = the_walk(images) | readings(images), mixes(images)
     if trainings:
         results = fine_tuning(images, attribute or list(ATTRIBUTES))
     elif out and out.exists():

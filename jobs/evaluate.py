@@ -21,6 +21,7 @@ Samples = Annotated[int, typer.Option(help="Pictures to make from noise alone.",
 
 
 def evaluate(
+    context: typer.Context,
     edits: Edits = None,
     domain: o.DomainName = "pixelface",
     rows: Rows = 1024,
@@ -42,6 +43,7 @@ def evaluate(
     from jobs.tables import score_table
     from pipeline.summary import edit_folders, summarise
 
+    refuse_idle(context, bool(edits))
     if edits:
         summaries = [summarise(folder) for address in edits for folder in edit_folders(address)]
         console.print(score_table(summaries))
@@ -60,6 +62,20 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
         console.print(f"written to {out}")
+
+
+OF_DOMAINS = ("domain", "rows", "each", "sweep_rows", "samples")
+
+
+def refuse_idle(context: typer.Context, of_edits: bool) -> None:
+    """Raises ConfigError if options were given that the other use of the command has."""
+    from pipeline.config import ConfigError
+
+    given = [p for p in context.command.params if (source := context.get_parameter_source(p.name or "")) and source.name == "COMMANDLINE"]
+    idle = [p.opts[0] for p in given if (of_edits and p.name in OF_DOMAINS) or (not of_edits and p.name == "storage_option")]
+    if idle:
+        uses = "that check a domain; leave out the folders, or them" if of_edits else "of folders with edits, and there are none"
+        raise ConfigError(f"{', '.join(idle)}: options {uses}")
 
 
 def edit_figures(summary: Any) -> dict[str, Any]:

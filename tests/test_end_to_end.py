@@ -248,6 +248,7 @@ def test_more_rejects_than_allowed_end_with_status_3_after_everything_is_written
         (["finetune", "{table}", "{out}", "--name", "../up", "--source-text", "face", "--target-text", "face"], "letters, digits"),
         (["report", "{empty}"], "edits"),
         (["evaluate", "nowhere/at/all"], "there is no folder"),
+        (["evaluate", "{empty}", "--rows", "8", "--each", "2"], "--rows, --each: options that check a domain"),
     ],
 )
 def test_an_impossible_request_is_refused_with_one_message_before_ray_starts(words, says, tmp_path):

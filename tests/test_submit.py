@@ -438,7 +438,7 @@ def test_paths_that_all_nodes_share_are_made_absolute_and_names_are_not(tmp_path
 
 def test_options_of_submit_can_stand_anywhere_because_no_submitted_command_has_one_of_that_name() -> None:
     ours = {option for p in COMMANDS["submit"].params for option in (*p.opts, *p.secondary_opts)} - {"--address"}
-    for name in ("align", "edit", "evaluate", "finetune", "invert"):
+    for name in ("align", "edit", "finetune", "invert"):
         assert ours.isdisjoint(option for p in COMMANDS[name].params for option in (*p.opts, *p.secondary_opts) if option.startswith("-"))
 
 

@@ -206,9 +206,10 @@ def test_strokes_of_another_kind_are_brought_into_the_domain_before_they_are_edi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_fine_tuning_that_was_killed_goes_on_and_ends_where_it_would_have_ended(latents, tmp_path):
     words = ("--name", "rosy", "--source-text", "face", "--target-text", "face with red hair", "--epochs", "8", "--batch", "4",
-             "--steps-down", "4", "--learning-rate-growth", "1.2", "--ema", "0.5")  # fmt: skip
+             "--steps-down", "4", "--views", "2", "--learning-rate-growth", "1.2", "--ema", "0.5")  # fmt: skip
     command = [sys.executable, "-m", "jobs.cli", "finetune", str(latents), str(tmp_path / "cut"), *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         while process.poll() is None and not list((tmp_path / "cut").glob(".training/*/checkpoint_*/training.pt")):

@@ -130,6 +130,7 @@ def test_a_file_that_is_damaged_after_the_plan_is_named_and_the_job_goes_on_when
     assert dataset.execute(make_plan(job)).done == 40
 
 
+@pytest.mark.timeout(900)
 def test_a_driver_killed_at_ten_random_moments_loses_nothing(tmp_path: Path) -> None:
     table = pq.read_table(PIXELFACE.held_out).slice(0, 48)
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=4)

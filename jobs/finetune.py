@@ -33,7 +33,9 @@ Memory = Annotated[
     str | None,
     typer.Option(help="full; checkpoint: same gradients, less memory; stepwise: the paper's GPU-efficient way.", rich_help_panel=TRAINING),
 ]
-Rank = Annotated[int | None, typer.Option(help="Train low-rank weights of this rank: small files.", rich_help_panel=TRAINING)]
+Rank = Annotated[
+    int | None, typer.Option(help="Train low-rank weights of this rank: small files; 0: the whole network.", rich_help_panel=TRAINING)
+]
 Ema = Annotated[float | None, typer.Option(help="Save a moving average of the weights with this decay.", rich_help_panel=TRAINING)]
 Seed = Annotated[int | None, typer.Option(help="Of the order of images.", rich_help_panel=TRAINING)]
 ClipWeight = Annotated[float | None, typer.Option(help="Of the directional CLIP loss.", rich_help_panel=LOSS)]
@@ -159,6 +161,8 @@ def finetune(
         patience=patience,
         stop_at=stop_at,
     )
+    if rank == 0:
+        numbers["rank"] = None
     chosen = wanted_attributes(domain, attribute or [], (name, source_text, target_text))
     refuse_early(models, parallel, numbers)
     others = {

@@ -80,13 +80,13 @@ def tuned(latents, tmp_path_factory) -> Path:
     models = tmp_path_factory.mktemp("models")
     words = ("--name", "rosy", "--source-text", "face", "--target-text", "face with red hair")
     run("finetune", str(latents), str(models), *words, "--epochs", "2", "--batch", "4", "--steps-down", "2", "--cpus", "1",
-        "--held-out", "2", "--patience", "3")  # fmt: skip
+        "--held-out", "2", "--patience", "3", "--rank", "0", "--learning-rate", "5e-5", "--views", "1")  # fmt: skip
     return models
 
 
 def test_fine_tuning_with_ray_train_leaves_an_edit_model_with_a_card_that_says_how_it_was_made(tuned):
     card = load_card(tuned / "rosy.safetensors")
-    assert (card.target, card.images) == ("face with red hair", 4)
+    assert (card.target, card.images, card.rank) == ("face with red hair", 4, None)
     assert card.losses["epoch"] in {1, 2}, "the epoch with the best held-out similarity is what is saved"
     assert card.steps == card.losses["epoch"]
     assert {"held_out", "similarity", "loss"} <= card.losses.keys()
@@ -165,7 +165,7 @@ def test_the_page_of_a_run_is_one_file(edits, tmp_path):
 def lean(latents, tuned) -> Path:
     """A low-rank edit model beside the whole one, trained with recomputation until it no longer gets better."""
     words = ("--name", "lean", "--source-text", "face", "--target-text", "sad face", "--rank", "2", "--memory", "checkpoint")
-    more = ("--epochs", "3", "--batch", "2", "--accumulate", "2", "--held-out", "2", "--images", "4", "--steps-down", "2")
+    more = ("--epochs", "3", "--batch", "2", "--accumulate", "2", "--held-out", "2", "--images", "4", "--steps-down", "2", "--views", "1")
     run("finetune", str(latents), str(tuned), *words, *more)
     return tuned
 

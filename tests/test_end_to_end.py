@@ -287,7 +287,7 @@ def test_user_columns_pass_through_and_hugging_face_metadata_names_the_pictures(
 def test_an_edit_model_that_is_there_is_neither_trained_again_nor_replaced_unasked(latents, tuned, capsys):
     before = {file.name: file.read_bytes() for file in tuned.glob("rosy.*")}
     words = {"name": "rosy", "source_text": "face", "target_text": "face with red hair", "batch": 4, "steps_down": 2, "cpus": 1.0}
-    words |= {"held_out": 2, "patience": 3}
+    words |= {"held_out": 2, "patience": 3, "rank": 0, "learning_rate": 5e-5, "views": 1}
     finetune(str(latents), tuned, **words, epochs=2)
     assert "is there from the same request; nothing to train" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ConfigError, match=r"another request \(tuning epochs was 2, now 3\); give another folder or name, or --overwrite"):
@@ -330,7 +330,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("job", ["edit", "finetune"])
+@pytest.mark.parametrize("job", ["edit", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_weights_that_only_a_worker_misses_are_named_in_one_line(job, latents, tuned, tmp_path):
     """As on a node that has no such file: it is there when the job is planned, and gone when a worker looks."""
     if job == "edit":

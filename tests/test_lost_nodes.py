@@ -63,7 +63,7 @@ def kill_node(cluster: Cluster) -> None:
 def test_a_node_that_goes_while_it_is_busy_costs_no_row(nodes: Cluster, job: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     calm = replace(job, output=f"{job.output}-calm")
     monkeypatch.setattr(dataset, "Worker", faulty.Light)
-    dataset.execute(make_plan(calm))  # before: after a lost node Ray may keep the actors, and their CPUs, until this process ends
+    dataset.execute(make_plan(calm))  # before: once, actors of a run with a lost node kept their CPUs
     monkeypatch.setattr(dataset, "Worker", faulty.Slow)
     killed = []
 

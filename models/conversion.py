@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoints import State
-from models.folders import WEIGHTS, read_state
+from models.folders import WEIGHTS, read_state, write_state
 from models.official import GROUPS, Architecture, Structure
 from models.references import WeightsError
 
@@ -268,7 +267,7 @@ def _write(folder: Path, config: Mapping[str, Any], state: State) -> None:
     from diffusers import DDPMScheduler
 
     empty_network(config).save_config(folder)
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    write_state(folder / WEIGHTS, {key: tensor.contiguous() for key, tensor in state.items()})
     scheduler: Any = DDPMScheduler(  # diffusers hides its methods from type checkers
         num_train_timesteps=TIMESTEPS,
         beta_start=1e-4,

@@ -186,7 +186,7 @@ def _build(files: dict[str, Path], folder: Path) -> None:
             shutil.copyfile(files[name], part / name)
         weights = files[WEIGHTS]
         if weights.suffix == ".bin" or _has_old_names(weights):
-            save_file(_with_new_names(read_state(weights)), part / WEIGHTS, {"format": "pt"})
+            write_state(part / WEIGHTS, _with_new_names(read_state(weights)))
         else:  # the very bytes, so that the fingerprint is the same wherever a model is kept
             _link_or_copy(weights.resolve(), part / WEIGHTS)
         try:
@@ -231,6 +231,14 @@ def read_state(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise WeightsError(f"{file} is not a dictionary of tensors")
     return {key: tensor.clone() for key, tensor in state.items()}  # safetensors keeps no shared memory
+
+
+def write_state(file: Path, state: dict[str, Tensor]) -> None:
+    """A safetensors file that others may read as any new file: safetensors itself gives its files to their owner alone."""
+    file.touch()
+    usual = file.stat().st_mode
+    save_file(state, file, {"format": "pt"})
+    file.chmod(usual)
 
 
 def _unreadable(file: Path, error: Exception) -> WeightsError:

@@ -8,11 +8,10 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.fetching import digest, file_of, names_in, write_in_one_stroke
-from models.folders import WEIGHTS, decisive, folder_of, read_state
+from models.folders import WEIGHTS, decisive, folder_of, read_state, write_state
 from models.references import SUFFIXES, MissingError, WeightsError, beside, inside, place_of, public
 
 __all__ = [
@@ -88,7 +87,7 @@ def save_edit_model(folder: Path, state: dict[str, Tensor], card: Card) -> Path:
     file = folder / f"{card.attribute}.safetensors"
     part = file.with_name(f".{file.name}.{uuid4().hex}.part")
     try:
-        save_file(state, part)
+        write_state(part, state)
         file.with_suffix(".json").unlink(missing_ok=True)
         part.replace(file)
     finally:

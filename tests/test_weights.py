@@ -52,6 +52,11 @@ def test_an_edit_model_comes_back_as_it_was_saved_with_its_card(saved: Path) -> 
     assert load_card(saved) == CARD
 
 
+def test_others_may_read_an_edit_model_as_they_may_its_card(saved: Path) -> None:
+    """On a shared disk the jobs of other users read it; safetensors alone would keep it from them."""
+    assert saved.stat().st_mode == saved.with_suffix(".json").stat().st_mode
+
+
 def test_a_save_that_fails_leaves_the_pair_as_it_was_or_no_card(saved: Path) -> None:
     card, weights = saved.with_suffix(".json").read_bytes(), saved.read_bytes()
     with pytest.raises(TypeError, match="not JSON serializable"):

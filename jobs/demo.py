@@ -96,7 +96,7 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
         run_plan(make_plan(latents), "invert")
     with timed(seconds, "fine-tune"):
         live = attribute_named(domain, LIVE)
-        run = tune_run(str(out / "latents"), out / "models", domain.name, live, LIVE_TUNING, {}, {"cpus": 2.0})
+        run = tune_run(str(out / "latents"), str(out / "models"), domain.name, live, LIVE_TUNING, {}, {"cpus": 2.0})
         train([make_tune_plan(run)], parallel=1)
     with timed(seconds, "edit and score"):
         models = [str(out / "models")]

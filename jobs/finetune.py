@@ -1,6 +1,5 @@
 """``diffusionclip finetune``: latents -> an edit model for each attribute."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from jobs import options as o
 
 LatentsArg = Annotated[str, typer.Argument(help="A latents table that `diffusionclip invert` made.")]
-ModelsArg = Annotated[Path, typer.Argument(help="The folder for NAME.safetensors and NAME.json.")]
+ModelsArg = Annotated[str, typer.Argument(help="The folder for NAME.safetensors and NAME.json; any fsspec address.")]
 SourceText = Annotated[str | None, typer.Option(help="Words for the images as they are; with --target-text and --name.")]
 TargetText = Annotated[str | None, typer.Option(help="Words for the images as they should become.")]
 Name = Annotated[str | None, typer.Option(help="The name of your own attribute.")]
@@ -136,6 +135,8 @@ def finetune(
     from jobs.planning import only_planned
     from jobs.progress import console
     from jobs.session import ray_session, refuse_too_much, side_by_side
+    from models.references import public
+    from pipeline.faults import explained
 
     numbers = o.given(
         epochs=epochs,
@@ -164,7 +165,7 @@ def finetune(
     if rank == 0:
         numbers["rank"] = None
     chosen = wanted_attributes(domain, attribute or [], (name, source_text, target_text))
-    refuse_early(models, parallel, numbers)
+    refuse_early(parallel, numbers)
     others = {
         "overwrite": overwrite,
         "workers": workers,
@@ -177,10 +178,11 @@ def finetune(
     runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
     if only_planned(runs):
         return
-    plans = plan_all(runs)
+    with explained(f"{latents} or {models} cannot be used"):
+        plans = plan_all(runs)
     for plan in plans:
         if plan.done:
-            console.print(f"{plan.file} is there from the same request; nothing to train (--overwrite trains again)", markup=False)
+            console.print(f"{public(plan.file)} is there from the same request; nothing to train (--overwrite trains again)", markup=False)
     left = [plan for plan in plans if not plan.done]
     advise([plan.run for plan in left], [a for a, plan in zip(chosen, plans, strict=True) if not plan.done])
     if left:
@@ -189,15 +191,11 @@ def finetune(
             train(left, side_by_side(address, parallel, workers * cpus, READING))
 
 
-def refuse_early(models: Path, parallel: int, numbers: dict[str, Any]) -> None:
+def refuse_early(parallel: int, numbers: dict[str, Any]) -> None:
     """Raises ConfigError for what no plan would notice."""
-    import re
-
     from pipeline.config import ConfigError
 
     problems = []
-    if re.match(r"\w+:/", str(models)):  # a path swallows one of the slashes
-        problems.append(f"edit models are saved in a local folder; got {models}")
     if parallel < 1:
         problems.append(f"at least 1 attribute must be trained at a time; got --parallel {parallel}")
     if numbers.get("clip_weight") == 0 and "form" in numbers:
@@ -247,7 +245,7 @@ def wanted_attributes(domain: str, names: list[str], own: tuple[str | None, str 
 
 
 def tune_run(
-    latents: str, models: Path, domain: str, attribute: Any, numbers: dict[str, Any], walk: dict[str, Any], others: dict[str, Any]
+    latents: str, models: str, domain: str, attribute: Any, numbers: dict[str, Any], walk: dict[str, Any], others: dict[str, Any]
 ) -> Any:
     """The request of one attribute; ``numbers`` of the tuning win over the attribute's own, and those over the domain's."""
     from dataclasses import replace
@@ -285,11 +283,11 @@ def advise(runs: list[Any], attributes: list[Any]) -> None:
 def train(plans: list[Any], parallel: int) -> list[Any]:
     """Trains on the connected Ray with progress. Raises TrainingFailedError at the end if any attribute failed."""
     from jobs.progress import console, display
+    from models.references import public
     from pipeline.resume import alone
     from pipeline.training import fit_all
 
-    files = [str(plan.file) for plan in plans]
-    with alone(files), display(f"fine-tune {', '.join(plan.run.attribute for plan in plans)}", 100, "%") as shown:
+    with alone([plan.file for plan in plans]), display(f"fine-tune {', '.join(plan.run.attribute for plan in plans)}", 100, "%") as shown:
 
         def update(latest: dict[str, dict[str, float]]) -> None:
             share = sum(now["step"] / now["steps"] for now in latest.values()) / len(plans)
@@ -301,7 +299,9 @@ def train(plans: list[Any], parallel: int) -> list[Any]:
         if tuned.file and tuned.losses:
             held_out = f", {tuned.losses['held_out']:.3f} on held-out images" if "held_out" in tuned.losses else ""
             similarity = f"similarity {tuned.losses['similarity']:.3f}{held_out}"
-            console.print(f"{tuned.file}: {tuned.attribute} in {tuned.seconds:.1f} s, epoch {tuned.losses['epoch']:.0f}, {similarity}")
+            console.print(
+                f"{public(tuned.file)}: {tuned.attribute} in {tuned.seconds:.1f} s, epoch {tuned.losses['epoch']:.0f}, {similarity}"
+            )
     failed = [f"{tuned.attribute} was not trained: {tuned.error}" for tuned in results if tuned.error]
     if failed:
         raise TrainingFailedError("\n".join(failed))

@@ -174,6 +174,7 @@ def leaving_no_folder(address: str) -> Iterator[None]:
 
 def of_tuning(runs: Sequence[TuneRun], parallel: int, known: Sequence[str] = ()) -> Prospect:
     """Of the attributes of one command, trained to the end. Raises ConfigError as ``of_run``."""
+    from models.weights import edit_model_file
     from pipeline.estimate import tuning_work
 
     run, problems, notes = runs[0], list(known), list[str]()
@@ -192,7 +193,7 @@ def of_tuning(runs: Sequence[TuneRun], parallel: int, known: Sequence[str] = ())
         calls=work.calls,
         call_flops=networks.call,
         work=total,
-        written={str(r.output / f"{r.attribute}.safetensors"): (2.0 * size, 2.0 * size) for r in left},
+        written={edit_model_file(r.output, r.attribute): (2.0 * size, 2.0 * size) for r in left},
         meanwhile=4.0 * size * copies * at_once,
         workers=parallel,
         gpus=at_once * run.workers * run.gpus,

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
 import torch
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
 from torch import Tensor, nn
 
 from models.fetching import digest, file_of, names_in, write_in_one_stroke
@@ -17,12 +21,14 @@ from models.references import SUFFIXES, MissingError, WeightsError, beside, insi
 __all__ = [
     "Card",
     "WeightsError",
+    "edit_model_file",
     "edit_models_in",
     "file_of",
     "fingerprint",
     "folder_of",
     "load_card",
     "load_into",
+    "parse_card",
     "read_state",
     "save_edit_model",
 ]
@@ -70,11 +76,19 @@ def edit_models_in(folder: str | Path) -> dict[str, str]:
     return {stem: inside(folder, f"{stem}.safetensors") for stem in stems if f"{stem}.json" in names}
 
 
-def save_edit_model(folder: Path, state: dict[str, Tensor], card: Card) -> Path:
-    """Writes ``NAME.safetensors`` (float16) and ``NAME.json`` into ``folder``; returns the weights file.
+def edit_model_file(folder: str | Path, name: str) -> str:
+    """Reference of an edit model's weights in a folder, which need not be there yet."""
+    file = f"{name}.safetensors"
+    return inside(folder, file) if "://" in str(folder) else str(Path(folder) / file)
 
-    Whoever reads meanwhile sees both or no card: each file is moved into place whole, and an old card goes before new
-    weights come. Raises ArithmeticError, and writes nothing, for weights that are not finite as float16.
+
+def save_edit_model(folder: str | Path, state: dict[str, Tensor], card: Card) -> str:
+    """Writes ``NAME.safetensors`` (float16) and ``NAME.json`` into a folder, which may be any address that fsspec knows; returns
+    the reference of the weights.
+
+    Whoever reads meanwhile sees both or no card: each file appears whole, and an old card goes before new weights come.
+    Raises ArithmeticError, and writes nothing, for weights that are not finite as float16; OSError, or what the client of a
+    store raises, if they cannot be written.
     """
     state = {name: tensor.detach().to(torch.float16).contiguous().cpu() for name, tensor in state.items()}
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
@@ -83,8 +97,17 @@ def save_edit_model(folder: Path, state: dict[str, Tensor], card: Card) -> Path:
             f"lower the learning rate"
         )
     text = json.dumps(asdict(card), indent=2) + "\n"  # before anything is touched: it may hold what JSON does not know
+    fs, root = url_to_fs(str(folder))
+    if "file" in fs.protocol:
+        _save_here(Path(root), state, card.attribute, text.encode())
+    else:
+        _save_there(fs, root, state, card.attribute, text.encode())
+    return edit_model_file(folder, card.attribute)
+
+
+def _save_here(folder: Path, state: dict[str, Tensor], name: str, card: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{card.attribute}.safetensors"
+    file = folder / f"{name}.safetensors"
     part = file.with_name(f".{file.name}.{uuid4().hex}.part")
     try:
         write_state(part, state)
@@ -92,8 +115,19 @@ def save_edit_model(folder: Path, state: dict[str, Tensor], card: Card) -> Path:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-    write_in_one_stroke(file.with_suffix(".json"), text.encode())
-    return file
+    write_in_one_stroke(file.with_suffix(".json"), card)
+
+
+def _save_there(fs: AbstractFileSystem, folder: str, state: dict[str, Tensor], name: str, card: bytes) -> None:
+    """Object stores show a file when it is complete, so the order is all that is needed."""
+    with TemporaryDirectory() as temporary:
+        part = Path(temporary, "weights")
+        write_state(part, state)
+        fs.makedirs(folder, exist_ok=True)
+        with suppress(FileNotFoundError):
+            fs.rm_file(f"{folder}/{name}.json")
+        fs.put_file(str(part), f"{folder}/{name}.safetensors")
+    fs.pipe_file(f"{folder}/{name}.json", card)
 
 
 def load_card(reference: str | Path) -> Card:
@@ -102,8 +136,13 @@ def load_card(reference: str | Path) -> Card:
         file = file_of(beside(reference, ".json"))
     except MissingError as error:
         raise WeightsError(f"the edit model {Path(public(reference)).name} has no card; {error}") from None
+    return parse_card(file.read_bytes(), str(file))
+
+
+def parse_card(text: bytes, file: str) -> Card:
+    """Raises WeightsError, which names the file, if it is not a card."""
     try:
-        return card_from(json.loads(file.read_text()))
+        return card_from(json.loads(text))
     except (TypeError, ValueError) as error:
         names = ", ".join(f.name for f in fields(Card))
         raise WeightsError(f"{file} is not the card of an edit model ({error}); it has {names}") from None

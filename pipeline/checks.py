@@ -4,10 +4,12 @@ No Ray here."""
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from fsspec.core import url_to_fs
+
 from models.domains import Domain
 from models.folders import network_problems, schedule_length
 from models.recipe import Recipe
-from models.references import WeightsError, absolute
+from models.references import WeightsError, absolute, public
 from models.weights import Card, fingerprint, load_card
 from pipeline import schema
 from pipeline.config import Edit, Part, Run, TuneRun
@@ -50,6 +52,21 @@ def network_weights_problems(clips: Iterable[str], identity: str | None) -> list
         except WeightsError as error:
             problems.append(str(error))
     return problems
+
+
+# ---- the output ------------------------------------------------------------------------------------------------------
+
+
+def write_problems(folder: str) -> list[str]:
+    """Why nothing can be written to a folder, which is made if need be: a sentence, or none."""
+    try:
+        fs, root = url_to_fs(folder)
+        fs.makedirs(root, exist_ok=True)
+        fs.touch(f"{root}/.writable", truncate=True)
+        fs.rm_file(f"{root}/.writable")
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
+        return [f"the output {public(folder)} cannot be written to: {error or type(error).__name__}"]
+    return []
 
 
 # ---- the base model --------------------------------------------------------------------------------------------------

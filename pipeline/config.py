@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.schema import MAX_BLOCK_BYTES, MAX_PIXELS
@@ -194,7 +193,8 @@ class TuneRun:
     """Fine-tuning one attribute on a latents table."""
 
     latents: str
-    output: Path
+    output: str
+    """The folder of the edit model; any fsspec address."""
     domain: "Domain"
     attribute: str
     source_text: str
@@ -212,8 +212,8 @@ class TuneRun:
     """As in ``Resources``: the source images are decoded again."""
     overwrite: bool = False
     """Train again and replace an edit model of the same name, whatever made it."""
-    storage: Path | None = None
-    """Where Ray Train keeps checkpoints; beside the output if None."""
+    storage: str | None = None
+    """Where Ray Train keeps checkpoints, any fsspec address that every worker reaches; in the output if None."""
 
     @property
     def loss_clips(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from fsspec.core import url_to_fs
 from models.pixelface.avatars import FACTORS
 from models.weights import fingerprint
 from pipeline import schema
-from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems
+from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems, write_problems
 from pipeline.config import ConfigError, Edit, Run
 from pipeline.ids import check_ids
 from pipeline.inputs import OnFile
@@ -138,10 +138,4 @@ def _output_problems(run: Run) -> list[str]:
         return [f"input and output are the same: {run.output}; give another output folder"]
     if direct and run.edits:
         return [f"{run.output} is a dataset itself ({len(direct)} Parquet files); edits need a folder for their folders, give another"]
-    try:
-        fs.makedirs(root, exist_ok=True)
-        fs.touch(f"{root}/.writable", truncate=True)
-        fs.rm_file(f"{root}/.writable")
-    except OSError as error:
-        return [f"the output {run.output} cannot be written to: {error}"]
-    return []
+    return write_problems(run.output)

@@ -1,10 +1,11 @@
 """Ray Train: one run an attribute, fed with latents through Ray Data; many side by side."""
 
 import json
-import shutil
+import os
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,8 +18,12 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, RunConfig, ScalingConfig
+from fsspec.core import url_to_fs
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.exceptions import RayError
+from ray.train import Checkpoint, ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +32,7 @@ from models.weights import Card, fingerprint, save_edit_model
 from pipeline import codec
 from pipeline.config import ConfigError, TuneRun, versions
 from pipeline.dataset import block_dataset
+from pipeline.faults import JobError, explained
 from pipeline.sources import only_usable, plan_blocks
 from pipeline.tuning import TunePlan
 
@@ -37,18 +43,41 @@ if TYPE_CHECKING:
 
 STATE, METRICS, WEIGHTS, SAVED = "training.pt", "metrics.json", "weights.safetensors", "saved.json"
 """Files of a checkpoint: what goes on, figures of all epochs; in the last one, finished weights and the figures of their epoch."""
+DEATHS = 3
+"""So many losses of workers an attribute may have; each costs the epoch that was in hand."""
 LOSSES = ("loss", "clip", "l1", "identity", "similarity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """A finished run: the edit model's file and how it went, or the reason why there is none."""
+    """A finished run: the reference of the edit model's weights and how it went, or the reason why there is none."""
 
     attribute: str
-    file: Path | None = None
+    file: str | None = None
     seconds: float = 0.0
     losses: dict[str, float] | None = None
     error: str | None = None
+
+
+# ---- what is tried again ---------------------------------------------------------------------------------------------
+
+
+class LoopError(RuntimeError):
+    """What training itself raised on a worker, as a sentence or the text of a traceback: another try would raise it again."""
+
+
+class LostWorkersError(RuntimeError):
+    """Workers that share an attribute have lost one another."""
+
+
+class FinalErrors(UserCallback):
+    """Ends a run at the first LoopError. Ray's own ``max_failures`` counts whatever a worker raises like a process that died, but an
+    error of a callback is final."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, LoopError):
+                raise error
 
 
 # ---- on the worker ---------------------------------------------------------------------------------------------------
@@ -62,7 +91,7 @@ def load_latents(shard: ray.data.DataIterator, limit: int, size: int, max_pixels
         decoded, errors = codec.decode_column(batch["image"], size, max_pixels)
         if any(errors):
             reason = next(filter(None, errors))
-            raise ValueError(f"the source of a latent cannot be decoded: {reason}; give the --max-pixels of invert, or invert again")
+            raise ConfigError(f"the source of a latent cannot be decoded: {reason}; give the --max-pixels of invert, or invert again")
         pictures.append(codec.to_tensor([picture for picture in decoded if picture is not None]))
     if not latents:
         raise ConfigError("there is not one usable latent to train on")
@@ -73,13 +102,30 @@ def average_over_workers(tensors: Iterable[Tensor]) -> None:
     """Replaces tensors by their means over all workers. By hand, because DistributedDataParallel expects one forward a
     backward, and a walk has many."""
     for tensor in tensors:
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise LostWorkersError(str(error)) from error
         tensor /= dist.get_world_size()
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """One worker of one attribute: trains, reports each epoch with a checkpoint, goes on from the last checkpoint."""
-    run, journal = config["run"], config["journal"]
+    """One worker of one attribute: trains, reports each epoch with a checkpoint, goes on from the last checkpoint.
+
+    Raises LoopError, unless another try may help: disks and stores, other nodes and other workers may be better then.
+    """
+    try:
+        train_worker(config["run"], config["journal"])
+    except (OSError, RayError, LostWorkersError):
+        raise
+    except Exception as error:
+        if type(error) in (ArithmeticError, ConfigError):  # a sentence for people
+            raise LoopError(str(error)) from None
+        raise LoopError("".join(traceback.format_exception(error)).strip()) from None
+
+
+def train_worker(run: TuneRun, journal: Any) -> None:
+    """What ``train_loop`` says."""
     tuning, context = run.tuning, ray.train.get_context()
     workers, rank = context.get_world_size(), context.get_world_rank()
     shard = ray.train.get_dataset_shard("train")
@@ -119,10 +165,10 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def split_held_out(images: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    """Images to train on, and the last ones, which are held out. Raises ValueError if none is left to train on."""
+    """Images to train on, and the last ones, which are held out. Raises ConfigError if none is left to train on."""
     count = len(images) - held_out
     if count < 1:
-        raise ValueError(f"with {held_out} images held out, none of {len(images)} usable latents is left to train on; hold out fewer")
+        raise ConfigError(f"with {held_out} images held out, none of {len(images)} usable latents is left to train on; hold out fewer")
     return images[:count], images[count:]
 
 
@@ -210,11 +256,15 @@ class Journal:
         return self.latest
 
 
-def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
+def fit(plan: TunePlan, journal: Any) -> Tuned:
     """Trains one attribute with Ray Train and saves its edit model. Raises what the training raised."""
     run, started = plan.run, time.monotonic()
+    # fsspec's client and not pyarrow's own: it reads the same variables, and is as patient, as where rows are written.
+    fs, storage = url_to_fs(plan.storage)
+    local = "file" in fs.protocol
     if run.overwrite:  # what an earlier try has left may be of the same request
-        shutil.rmtree(storage / plan.name, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            fs.rm(f"{storage}/{plan.name}", recursive=True)
     wanted = run.tuning.images + run.tuning.held_out
     # Which rows are trained on and which held out must not depend on which block is read first.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
@@ -227,7 +277,12 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
             num_workers=run.workers, use_gpu=run.gpus > 0, resources_per_worker={"CPU": run.cpus, **({"GPU": run.gpus} if run.gpus else {})}
         ),
         run_config=RunConfig(
-            name=plan.name, storage_path=str(storage.resolve()), checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1)
+            name=plan.name,
+            storage_path=os.path.realpath(storage) if local else storage,
+            storage_filesystem=None if local else PyFileSystem(FSSpecHandler(fs)),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=DEATHS),
+            callbacks=[FinalErrors()],  # type: ignore[list-item]  # typed as of the older Ray Train
         ),
         datasets={"train": dataset},
     )
@@ -236,10 +291,11 @@ def fit(plan: TunePlan, journal: Any, storage: Path) -> Tuned:
     with result.checkpoint.as_directory() as folder:
         state = load_file(Path(folder, WEIGHTS))
         metrics = json.loads(Path(folder, SAVED).read_text())
-    file = save_edit_model(run.output, state, make_card(plan, metrics))
-    shutil.rmtree(storage / plan.name, ignore_errors=True)
+    with explained(f"{plan.file} cannot be written"):
+        file = save_edit_model(run.output, state, make_card(plan, metrics))
     with suppress(OSError):  # other attributes may still have theirs
-        storage.rmdir()
+        fs.rm(f"{storage}/{plan.name}", recursive=True)
+        fs.rmdir(storage)
     return Tuned(attribute=run.attribute, file=file, seconds=time.monotonic() - started, losses=metrics)
 
 
@@ -263,20 +319,28 @@ def make_card(plan: TunePlan, metrics: dict[str, float]) -> Card:
     )
 
 
+def told(error: Exception) -> str:
+    """Why an attribute could not be trained: one line where people can mend it."""
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, LoopError):
+        error = error.controller_failure
+    if missing := told_in(str(error)):
+        return f"on a worker, {missing}; {EVERY_NODE}"
+    return str(error) if isinstance(error, JobError | LoopError) else f"{type(error).__name__}: {str(error).strip()}"
+
+
 def fit_all(plans: list[TunePlan], parallel: int, on_progress: Callable[[dict[str, dict[str, float]]], None]) -> list[Tuned]:
     """Trains attributes side by side, at most ``parallel`` at once; one that fails does not take the others along."""
-    journal = Journal.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    journal = Journal.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # a node that goes must not take it along
     results: list[Tuned] = []
     gate = threading.Semaphore(parallel)
 
     def one(plan: TunePlan) -> None:
         with gate:
             try:
-                results.append(fit(plan, journal, plan.run.storage or plan.run.output / ".training"))
+                results.append(fit(plan, journal))
             except Exception as error:
-                missing = told_in(str(error))
-                told = f"on a worker, {missing}; {EVERY_NODE}" if missing else f"{type(error).__name__}: {str(error).strip()}"
-                results.append(Tuned(attribute=plan.run.attribute, error=told))
+                results.append(Tuned(attribute=plan.run.attribute, error=told(error)))
 
     threads = [threading.Thread(target=one, args=(plan,), daemon=True) for plan in plans]
     for thread in threads:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
+
 from models.attributes import attributes_of
 from models.domains import Domain
-from models.references import WeightsError
-from models.weights import load_card
-from pipeline.checks import absolute_tuning_weights, base_problems, latent_mismatch, network_weights_problems
+from models.references import WeightsError, beside, place_of, public
+from models.weights import edit_model_file, parse_card
+from pipeline.checks import absolute_tuning_weights, base_problems, latent_mismatch, network_weights_problems, write_problems
 from pipeline.config import ConfigError, Source, TuneRun
 from pipeline.resume import differences, tuning_request
 from pipeline.sources import Input, absolute, find
@@ -36,14 +38,19 @@ class TunePlan:
         return f"{self.run.attribute}-{hashed[:12]}"
 
     @property
-    def file(self) -> Path:
-        """Of the edit model."""
-        return self.run.output / f"{self.run.attribute}.safetensors"
+    def file(self) -> str:
+        """Reference of the edit model's weights."""
+        return edit_model_file(self.run.output, self.run.attribute)
+
+    @property
+    def storage(self) -> str:
+        """Address of the training's checkpoints."""
+        return self.run.storage or f"{self.run.output.rstrip('/')}/.training"
 
 
 def make_tune_plan(run: TuneRun) -> TunePlan:
     """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
-    run = absolute_tuning_weights(replace(run, latents=absolute(run.latents), output=run.output.absolute()))
+    run = absolute_tuning_weights(replace(run, latents=absolute(run.latents), output=absolute(run.output)))
     timesteps, problems = base_problems(run.domain, run.recipe)
     problems += run.problems(timesteps)
     try:
@@ -68,25 +75,33 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
     return replace(plan, done=not run.overwrite and is_done(plan.file, plan.request))
 
 
-def _place_problems(folder: Path) -> list[str]:
-    """Why edit models cannot be saved in a folder; empty if they can."""
+def _place_problems(address: str) -> list[str]:
+    """Why edit models cannot be saved at an address; empty if they can."""
+    if place_of(address).kind == "hub":  # each epoch's checkpoint would be a commit
+        return [f"edit models are saved in a local folder or a bucket (s3://); got {public(address)}"]
+    if "://" in address and not address.startswith("file:"):
+        return write_problems(address)
+    folder = Path(url_to_fs(address)[1])
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
         return [f"{folder} cannot be a folder: {there} is a file; give another"]
     return [] if os.access(there, os.W_OK) else [f"{folder} cannot be written to; give another folder, or see to its permissions"]
 
 
-def is_done(file: Path, request: Mapping[str, Any]) -> bool:
+def is_done(file: str, request: Mapping[str, Any]) -> bool:
     """Whether an edit model is there from the same request. Raises ConfigError if it is from another one."""
-    if not (file.exists() and file.with_suffix(".json").exists()):  # weights without a card were not saved to the end
+    fs, weights = url_to_fs(file)
+    card = f"{weights.removesuffix('.safetensors')}.json"
+    fs.invalidate_cache()
+    if not (fs.exists(weights) and fs.exists(card)):  # weights without a card were not saved to the end
         return False
     try:
-        before = load_card(file).request
+        before = parse_card(fs.cat_file(card), public(beside(file, ".json"))).request  # of the store itself: a cache may be older
     except WeightsError as error:
         raise ConfigError(f"{error}; remove it, or --overwrite") from None
     changed = "; ".join(differences(before, request)) if before else "its card does not say which"
     if changed:
-        raise ConfigError(f"{file} was made by another request ({changed}); give another folder or name, or --overwrite")
+        raise ConfigError(f"{public(file)} was made by another request ({changed}); give another folder or name, or --overwrite")
     return True
 
 

@@ -64,7 +64,7 @@ def _pixels(seed: int) -> Any:
 def tune(domain: Domain, tmp_path: Path) -> TuneRun:
     return TuneRun(
         latents=save_latents(tmp_path / "latents", domain, domain.recipe).path,
-        output=tmp_path / "models",
+        output=str(tmp_path / "models"),
         domain=domain,
         attribute="smiling",
         source_text="face",
@@ -194,11 +194,11 @@ def test_latents_of_the_same_weights_with_another_schedule_are_of_another_base_m
 
 def saved(plan: TunePlan) -> TunePlan:
     """As training leaves it, but for the weights."""
-    plan.run.output.mkdir(exist_ok=True)
+    Path(plan.run.output).mkdir(exist_ok=True)
     known = {"domain": "tiny", "domain_fingerprint": "", "source": "", "target": "", "recipe": {}, "tuning": {}, "images": 2, "steps": 1}
     card = Card(**{"attribute": plan.run.attribute, **known, "request": plan.request})  # type: ignore[arg-type]
-    plan.file.touch()
-    plan.file.with_suffix(".json").write_text(json.dumps(card.__dict__))
+    Path(plan.file).touch()
+    Path(plan.file).with_suffix(".json").write_text(json.dumps(card.__dict__))
     return plan
 
 
@@ -215,9 +215,9 @@ def test_an_edit_model_of_the_same_request_is_done_and_one_of_another_is_not_rep
     assert "--overwrite" in problem
     assert not make_tune_plan(replace(other, overwrite=True)).done
     assert not make_tune_plan(replace(tune, overwrite=True)).done
-    changed_card(str(plan.file), request={})
+    changed_card(plan.file, request={})
     assert "its card does not say which" in refused(lambda: make_tune_plan(tune))[0]
-    plan.file.with_suffix(".json").unlink()
+    Path(plan.file).with_suffix(".json").unlink()
     assert not make_tune_plan(tune).done, "weights without a card were never finished"
 
 

@@ -1,7 +1,6 @@
 """What would be lost: an impossible request is answered at once, with all that is wrong, before anything starts."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,7 +108,7 @@ def test_a_name_that_is_not_in_the_table_is_answered_with_those_that_are() -> No
 def test_a_tuning_run_names_the_problems_of_all_its_numbers() -> None:
     run = TuneRun(
         latents="latents",
-        output=Path("out"),
+        output="out",
         domain=DOMAINS["pixelface"],
         attribute="smiling",
         source_text="sad face",
@@ -140,7 +139,7 @@ def test_a_tuning_run_names_the_problems_of_all_its_numbers() -> None:
 def test_a_training_that_no_machine_can_carry_out_is_named(changed: dict[str, Any], message: str) -> None:
     run = TuneRun(
         latents="latents",
-        output=Path("out"),
+        output="out",
         domain=DOMAINS["pixelface"],
         attribute="smiling",
         source_text="sad face",

@@ -288,10 +288,10 @@ def test_an_edit_model_that_is_there_is_neither_trained_again_nor_replaced_unask
     before = {file.name: file.read_bytes() for file in tuned.glob("rosy.*")}
     words = {"name": "rosy", "source_text": "face", "target_text": "face with red hair", "batch": 4, "steps_down": 2, "cpus": 1.0}
     words |= {"held_out": 2, "patience": 3, "rank": 0, "learning_rate": 5e-5, "views": 1}
-    finetune(str(latents), tuned, **words, epochs=2)
+    finetune(str(latents), str(tuned), **words, epochs=2)
     assert "is there from the same request; nothing to train" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ConfigError, match=r"another request \(tuning epochs was 2, now 3\); give another folder or name, or --overwrite"):
-        finetune(str(latents), tuned, **words, epochs=3)
+        finetune(str(latents), str(tuned), **words, epochs=3)
     assert {file.name: file.read_bytes() for file in tuned.glob("rosy.*")} == before
 
 
@@ -299,7 +299,7 @@ def test_an_edit_model_that_is_there_is_neither_trained_again_nor_replaced_unask
     ("given", "says"),
     [
         ({"parallel": 0}, "at least 1 attribute must be trained at a time; got --parallel 0"),
-        ({"models": Path("s3://bucket/models")}, "edit models are saved in a local folder; got s3:/bucket/models"),
+        ({"models": "hf://me/models"}, "edit models are saved in a local folder or a bucket .s3://.; got hf://me/models"),
         ({"clip_weight": 0.0, "form": "cosine"}, "--form is of the directional CLIP loss"),
         ({"identity": "face.pth"}, "--identity without a weight does nothing: give --id-weight as well"),
         ({"gpus": 1.5}, "GPUs of each worker must be"),
@@ -309,7 +309,7 @@ def test_an_edit_model_that_is_there_is_neither_trained_again_nor_replaced_unask
 )
 def test_an_impossible_training_is_refused_before_ray_starts(given, says, latents, tmp_path):
     with pytest.raises(ConfigError, match=says):
-        finetune(str(latents), **({"models": tmp_path, "attribute": ["glasses"]} | given))
+        finetune(str(latents), **({"models": str(tmp_path), "attribute": ["glasses"]} | given))
 
 
 WITHOUT = """

@@ -40,7 +40,7 @@ def network(seed: int = 0, width: int = 4) -> nn.Module:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return save_edit_model(tmp_path / "edits", network(1).state_dict(), CARD)
+    return Path(save_edit_model(tmp_path / "edits", network(1).state_dict(), CARD))
 
 
 def test_an_edit_model_comes_back_as_it_was_saved_with_its_card(saved: Path) -> None:

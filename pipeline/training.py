@@ -125,7 +125,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def train_worker(run: TuneRun, journal: Any) -> None:
-    """What ``train_loop`` says."""
+    """Trains as ``train_loop`` says, and raises whatever goes wrong."""
     tuning, context = run.tuning, ray.train.get_context()
     workers, rank = context.get_world_size(), context.get_world_rank()
     shard = ray.train.get_dataset_shard("train")
@@ -319,7 +319,7 @@ def make_card(plan: TunePlan, metrics: dict[str, float]) -> Card:
     )
 
 
-def told(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Why an attribute could not be trained: one line where people can mend it."""
     if isinstance(error, ControllerError) and isinstance(error.controller_failure, LoopError):
         error = error.controller_failure
@@ -340,7 +340,7 @@ def fit_all(plans: list[TunePlan], parallel: int, on_progress: Callable[[dict[st
             try:
                 results.append(fit(plan, journal))
             except Exception as error:
-                results.append(Tuned(attribute=plan.run.attribute, error=told(error)))
+                results.append(Tuned(attribute=plan.run.attribute, error=reason_of(error)))
 
     threads = [threading.Thread(target=one, args=(plan,), daemon=True) for plan in plans]
     for thread in threads:

@@ -20,7 +20,15 @@ from pipeline.config import Part
 
 torch.set_num_threads(1)  # the networks of these tests are far too small to share
 
-LONG = ("test_end_to_end.py", "test_lost_nodes.py", "test_faults.py", "test_submit.py", "test_resume.py", "test_storage.py")
+LONG = (
+    "test_end_to_end.py",
+    "test_lost_nodes.py",
+    "test_training.py",
+    "test_faults.py",
+    "test_submit.py",
+    "test_resume.py",
+    "test_storage.py",
+)
 """Files that start Ray, longest first: begun at the end, one of them would go on alone while the other processes have nothing left."""
 
 

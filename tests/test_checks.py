@@ -221,6 +221,12 @@ def test_an_edit_model_of_the_same_request_is_done_and_one_of_another_is_not_rep
     assert not make_tune_plan(tune).done, "weights without a card were never finished"
 
 
+def test_a_place_where_edit_models_cannot_be_saved_is_refused_before_anything_starts(tune: TuneRun, web: Web) -> None:
+    assert "cannot be written to" in refused(lambda: make_tune_plan(replace(tune, output=f"{web.url}/models")))[0]
+    (problem,) = refused(lambda: make_tune_plan(replace(tune, output="hf://me/models")))
+    assert problem == "edit models are saved in a local folder or a bucket (s3://); got hf://me/models"
+
+
 def test_what_is_trained_already_costs_nothing_in_a_plan(tune: TuneRun) -> None:
     other = replace(tune, attribute="sad", target_text="sad face")
     both = of_tuning([tune, other], parallel=2)

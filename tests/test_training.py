@@ -99,6 +99,7 @@ def same_weights(one: str, other: str) -> bool:
     return states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_the_epoch_in_hand_and_neither_the_attribute_nor_a_bit_of_it(
     head: Cluster, s3: str, tune: TuneRun
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_worker_that_is_killed_costs_the_epoch_in_hand_and_neither_the_attribu
     assert len(fsspec.filesystem("s3").find(f"{s3}/killed")) == 2
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_goes_on_from_its_checkpoint_in_the_bucket(head: Cluster, s3: str, tune: TuneRun) -> None:
     plan = make_tune_plan(replace(tune, output=f"{s3}/stopped/models"))
     killer = Killer(head, "TrainController")

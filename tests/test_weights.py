@@ -1,6 +1,7 @@
 """What would be lost: an edit model comes back as it was saved, from wherever it was put, and a wrong or hostile file is refused."""
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from faulty_s3 import faulty_s3
 from safetensors.torch import save_file
 from servers import Web, elsewhere, hub_server
 from tiny import save_diffusion
@@ -67,6 +69,23 @@ def test_a_save_that_fails_leaves_the_pair_as_it_was_or_no_card(saved: Path) -> 
     with pytest.raises(OSError, match=r"smiling\.safetensors"):
         save_edit_model(saved.parent, network(3).state_dict(), CARD)
     assert [file.name for file in saved.parent.iterdir()] == [saved.name], "new weights beside an old card would be a lie"
+
+
+def test_a_save_into_a_bucket_that_fails_leaves_no_card(s3: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, clients = f"{s3}/saved/in/vain", fsspec.get_filesystem_class("s3")
+    assert save_edit_model(folder, network(1).state_dict(), CARD) == f"{folder}/smiling.safetensors"
+    store = fsspec.filesystem("s3")
+    assert store.cat_file(f"{folder}/smiling.safetensors") == saved.read_bytes()
+    assert store.cat_file(f"{folder}/smiling.json") == saved.with_suffix(".json").read_bytes()
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as proxy, monkeypatch.context() as patch:
+        proxy.fault = lambda method, path: "denied" if method == "PUT" and path.endswith(".safetensors") else None
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        clients.clear_instance_cache()
+        with pytest.raises(PermissionError):
+            save_edit_model(folder, network(3).state_dict(), CARD)
+    clients.clear_instance_cache()
+    assert edit_models_in(folder) == {}
+    assert fsspec.filesystem("s3").find(folder) == ["shared/saved/in/vain/smiling.safetensors"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6], ids=["not a number", "too large for float16"])

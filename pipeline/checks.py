@@ -1,8 +1,10 @@
 """What can be said against a request before anything starts: from configurations, cards and records, without loading a network.
 No Ray here."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from models.domains import Domain
 from models.folders import network_problems, schedule_length
@@ -140,3 +142,11 @@ def _unlike(part: Part, card: Card, recipe: Recipe) -> list[str]:
         if name in card.recipe and card.recipe[name] != getattr(recipe, name)
     ]
     return [f"edit model {part.name} was tuned with {' and '.join(differences)}; the edit may be weaker or stronger"] if differences else []
+
+
+def place_problems(folder: Path) -> list[str]:
+    """Why nothing can be written to a folder of this machine, whether it is there or not; empty if it can."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        return [f"{folder} cannot be a folder: {there} is a file; give another"]
+    return [] if os.access(there, os.W_OK) else [f"{folder} cannot be written to; give another folder, or see to its permissions"]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from models.attributes import attributes_of
 from models.domains import Domain
 from models.references import WeightsError
 from models.weights import load_card
-from pipeline.checks import absolute_tuning_weights, base_problems, latent_mismatch, network_weights_problems
+from pipeline.checks import absolute_tuning_weights, base_problems, latent_mismatch, network_weights_problems, place_problems
 from pipeline.config import ConfigError, Source, TuneRun
 from pipeline.resume import differences, tuning_request
 from pipeline.sources import Input, absolute, find
@@ -59,21 +58,13 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
                 f"{run.latents} has {found.rows} latents, too few for {run.tuning.held_out} held-out images and at least one to train on "
                 f"for each of {run.workers} workers"
             )
-    problems += network_weights_problems(run.loss_clips, run.identity) + _place_problems(run.output)
+    problems += network_weights_problems(run.loss_clips, run.identity) + place_problems(run.output)
     if run.domain.clip in run.loss_clips and not problems:
         problems += word_problems(run.domain, run.source_text, run.target_text)
     if problems:
         raise ConfigError(*problems)
     plan = TunePlan(run=run, found=found, request=tuning_request(run, found))
     return replace(plan, done=not run.overwrite and is_done(plan.file, plan.request))
-
-
-def _place_problems(folder: Path) -> list[str]:
-    """Why edit models cannot be saved in a folder; empty if they can."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        return [f"{folder} cannot be a folder: {there} is a file; give another"]
-    return [] if os.access(there, os.W_OK) else [f"{folder} cannot be written to; give another folder, or see to its permissions"]
 
 
 def is_done(file: Path, request: Mapping[str, Any]) -> bool:

@@ -152,18 +152,24 @@ def input_problems(found: "Input") -> list[str]:
 def output_problems(input: str, output: str, overwrite: bool) -> list[str]:
     from fsspec.core import url_to_fs
 
+    from models.stores import make_folder, missing_bucket
+    from pipeline.config import ConfigError
+    from pipeline.faults import refused
     from pipeline.resume import nested
 
     try:
-        fs, root = url_to_fs(output)
-        if problems := nested(input, output):
-            return problems
-        if fs.isfile(root):
-            return [f"the output {output} is a file; give a folder"]
-        files = [f for f in fs.ls(root, detail=False) if str(f).endswith(".parquet")] if fs.isdir(root) else []
-        fs.makedirs(root, exist_ok=True)
-    except (ValueError, ImportError, OSError) as error:
-        return [f"the output {output} cannot be used: {error}"]
+        with refused(f"the output {output} cannot be used"):
+            fs, root = url_to_fs(output)
+            if problems := nested(input, output):
+                return problems
+            if bucket := missing_bucket(fs, root):
+                return [f"there is no bucket {bucket} for the output {output}; make it first, or see to the name"]
+            if fs.isfile(root):
+                return [f"the output {output} is a file; give a folder"]
+            files = [f for f in fs.ls(root, detail=False) if str(f).endswith(".parquet")] if fs.isdir(root) else []
+            make_folder(fs, root)
+    except ConfigError as error:
+        return list(error.problems)
     if files and not overwrite:
         return [f"{output} holds {len(files)} Parquet files already; give another folder, or --overwrite"]
     return []

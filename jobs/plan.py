@@ -85,14 +85,16 @@ def tell(found: Planning, asked: Mapping[str, Any]) -> None:
     """Prints what the planned requests come to. Raises ConfigError with all that stands in their way."""
     from jobs.prospect import of_run, of_tuning
     from models.speed import GPUS
+    from pipeline import faults
     from pipeline.config import ConfigError, Run, unknown
 
     if asked["gpu_type"] not in GPUS:
         raise ConfigError(*found.problems, unknown("GPU", asked["gpu_type"], sorted(GPUS)) + "; or --measure on one")
-    if isinstance(found.requests[0], Run):
-        prospect = of_run(found.requests[0], found.problems, asked["rows"])
-    else:
-        prospect = of_tuning(found.requests, asked["parallel"], found.problems)
+    with faults.explained("the plan cannot be made"):
+        if isinstance(found.requests[0], Run):
+            prospect = of_run(found.requests[0], found.problems, asked["rows"])
+        else:
+            prospect = of_tuning(found.requests, asked["parallel"], found.problems)
     speed = speed_of(prospect, asked)
     figures = figures_of(prospect, speed, asked["price_per_gpu_hour"])
     if asked["as_json"]:

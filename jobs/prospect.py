@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.references import public
 from pipeline.config import ConfigError, Edit, Run, TuneRun
 from pipeline.estimate import Networks, Sample, Work
 
@@ -106,25 +106,24 @@ def _look(run: Run, problems: list[str], notes: list[str]) -> "tuple[Input, Plan
     from pipeline.sources import absolute, find
 
     run = replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output))
-    with leaving_no_folder(run.output):
-        if missing := missing_weights(run.domain):
-            notes.append(f"{missing}; whether they fit, and what an earlier run has left, was not looked at")
-        elif not problems:
-            try:
-                plan = make_plan(run)
-                return plan.found, plan
-            except ConfigError as error:
-                problems += error.problems
-        timesteps = 1000 if missing else base_problems(run.domain, run.recipe)[0]
-        problems += run.problems(timesteps)
-        found = None
+    if missing := missing_weights(run.domain):
+        notes.append(f"{missing}; whether they fit, and what an earlier run has left, was not looked at")
+    elif not problems:
         try:
-            found = find(run.source)
-            problems += problems_without_weights(run, found)
-            if not run.resources.problems():
-                check_ids(found)
+            plan = make_plan(run, write=False)
+            return plan.found, plan
         except ConfigError as error:
             problems += error.problems
+    timesteps = 1000 if missing else base_problems(run.domain, run.recipe)[0]
+    problems += run.problems(timesteps)
+    found = None
+    try:
+        found = find(run.source)
+        problems += problems_without_weights(run, found, write=False)
+        if not run.resources.problems():
+            check_ids(found)
+    except ConfigError as error:
+        problems += error.problems
     if found is None or run.problems(timesteps):  # numbers that cannot be counted with
         raise ConfigError(*dict.fromkeys(problems))
     return found, None
@@ -152,21 +151,10 @@ def _calls_down(run: Run, edit: Edit, plan: "Plan | None") -> int:
 
 
 def _written(run: Run, edits: Sequence[Edit], seen: Sample, rows: int) -> dict[str, tuple[float, float]]:
+    folder = public(run.output)
     if not run.edits:
-        return {run.output: (seen.latents * rows, seen.latents * rows)}
-    return {f"{run.output.rstrip('/')}/{edit.name}": (seen.edits[0] * rows, seen.edits[1] * rows) for edit in edits}
-
-
-@contextmanager
-def leaving_no_folder(address: str) -> Iterator[None]:
-    """Whether an output can be written to is found out by writing; folders that were made for it go again."""
-    made = [] if "://" in address else [p for p in (Path(address), *Path(address).parents) if not p.exists()]
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # what is not empty stays
-            for folder in made:
-                folder.rmdir()
+        return {folder: (seen.latents * rows, seen.latents * rows)}
+    return {f"{folder.rstrip('/')}/{edit.name}": (seen.edits[0] * rows, seen.edits[1] * rows) for edit in edits}
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
@@ -217,7 +205,7 @@ def _latent_rows(runs: Sequence[TuneRun], problems: list[str], notes: list[str])
         try:
             if missing:
                 problems += run.problems()
-            elif make_tune_plan(run).done:
+            elif make_tune_plan(run, write=False).done:
                 left.remove(run)
         except ConfigError as error:
             problems += error.problems

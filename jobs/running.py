@@ -18,13 +18,14 @@ def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None
     """Plans (before Ray starts), runs, reports. Raises ConfigError, JobError or TooManyRejectsError."""
     from jobs.planning import only_planned
     from jobs.session import ray_session, refuse_too_much
+    from models.references import public
     from pipeline.faults import explained
     from pipeline.plan import make_plan
 
     if only_planned([run]):
         return
     with (
-        explained(f"{run.source.path} or {run.output} cannot be used"),
+        explained(f"{public(run.source.path)} or {public(run.output)} cannot be used"),
         late_display("look at the input", "files") as on_files,
         late_display("check ids", "rows") as on_ids,
     ):
@@ -36,6 +37,7 @@ def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None
 
 def run_plan(plan: "Plan", name: str) -> "Report":
     """Runs a plan on the connected Ray and prints one line a dataset."""
+    from models.references import public
     from pipeline.dataset import execute
     from pipeline.resume import alone
 
@@ -47,7 +49,7 @@ def run_plan(plan: "Plan", name: str) -> "Report":
         report = execute(plan, lambda now: shown.update(now.done, f"{now.rejected} rejected"))
     for output in plan.outputs:
         console.print(
-            f"{output.folder}: {report.rows} rows in, {report.rows - report.rejected} written, {report.rejected} rejected, "
+            f"{public(output.folder)}: {report.rows} rows in, {report.rows - report.rejected} written, {report.rejected} rejected, "
             f"{output.model_calls} model calls an image"
         )
     console.print(f"{name} took {report.seconds:.1f} s")

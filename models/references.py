@@ -25,6 +25,8 @@ _PAGE = re.compile(  # what people copy from the browser: blob/ is a page about 
     rf"https://(?:huggingface\.co|hf\.co)/{_REPOSITORY}/?(?:(?:blob|resolve|tree)/(?P<revision>[^/?]+)(?:/(?P<path>[^?]+))?)?(?:\?.*)?"
 )
 
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>`]+")
+
 
 class WeightsError(ValueError):
     """Weights that are missing, damaged or of another domain; the message says which and what to do."""
@@ -108,6 +110,18 @@ def public(reference: str | Path) -> str:
     """A reference without user, password, query and fragment: fit for messages and files."""
     text = str(reference)
     return "::".join(map(_without_secrets, text.split("::"))) if "://" in text else _PIN.sub("", text)
+
+
+def public_text(text: str) -> str:
+    """A text with each address in it as ``public`` shows it: what other programs say of an error repeats addresses whole."""
+    return _ADDRESS.sub(_shown, text)
+
+
+def _shown(address: re.Match[str]) -> str:
+    try:
+        return public(address[0])
+    except ValueError:  # as of http://[ which is none
+        return f"{address[0].partition('://')[0]}://..."
 
 
 def absolute(reference: str | Path) -> str:

@@ -21,6 +21,9 @@ from models.references import MissingError, UnreachableError, WeightsError, publ
 _IDENTITY = ("size", "ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "md5Hash", "generation", "mtime")
 """What stores say of a file and would not say of another."""
 
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"}
+"""Protocols that know no folders and no half-written files: an object is there when all of it is."""
+
 
 def be_patient() -> None:
     """S3 may be busy or out of reach for a minute or two: botocore tries again, waiting longer each time, unless AWS_MAX_ATTEMPTS or
@@ -31,6 +34,34 @@ def be_patient() -> None:
 
 
 be_patient()
+
+
+def has_folders(filesystem: fsspec.AbstractFileSystem) -> bool:
+    """Whether a file system has folders, which must be made, and moves files, as disks do; of wrapped ones the innermost."""
+    inside = getattr(filesystem, "fs", None)
+    if isinstance(inside, fsspec.AbstractFileSystem):
+        return has_folders(inside)
+    protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
+    return protocols.isdisjoint(OBJECT_STORES)
+
+
+def make_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
+    """Where there are folders: an object store needs none, and its client would make a bucket of a name that was mistyped."""
+    if has_folders(filesystem):
+        filesystem.makedirs(path, exist_ok=True)
+
+
+def missing_bucket(filesystem: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """The bucket of a path if there is none of that name; None where there are no buckets, or nobody may look."""
+    bucket = "" if has_folders(filesystem) else path.partition("/")[0]
+    try:
+        if bucket:
+            filesystem.info(bucket)
+    except FileNotFoundError:
+        return bucket
+    except OSError:  # who may not look at a bucket may write to it all the same
+        return None
+    return None
 
 
 def identity(url: str) -> dict[str, str]:
@@ -116,7 +147,7 @@ def _explanation(url: str, error: BaseException) -> WeightsError:
     status = next((e.status for e in chain if hasattr(e, "status")), None)
     credentials = _classes("botocore.exceptions", "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
     if status in {401, 403, 407} or isinstance(error, (PermissionError, *credentials)):
-        return WeightsError(f"{public(url)} may not be read; {_how_to_be_allowed(urlsplit(url).scheme)}")
+        return WeightsError(f"{public(url)} may not be read; {how_to_be_allowed(urlsplit(url).scheme)}")
     over_http = any(type(e).__module__.startswith("aiohttp") for e in chain)  # where fsspec calls any failure "not found"
     if status in {404, 410} or (isinstance(error, FileNotFoundError) and not over_http):
         return MissingError(f"{public(url)} does not exist")
@@ -126,7 +157,8 @@ def _explanation(url: str, error: BaseException) -> WeightsError:
     )
 
 
-def _how_to_be_allowed(scheme: str) -> str:
+def how_to_be_allowed(scheme: str) -> str:
+    """What to do where a store asks for credentials."""
     if scheme in {"s3", "s3a"}:
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or FSSPEC_S3_ANON=true for a public bucket"
     if scheme in {"http", "https"}:

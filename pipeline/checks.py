@@ -1,8 +1,10 @@
 """What can be said against a request before anything starts: from configurations, cards and records, without loading a network.
 No Ray here."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from fsspec.core import url_to_fs
 
@@ -10,9 +12,11 @@ from models.domains import Domain
 from models.folders import network_problems, schedule_length
 from models.recipe import Recipe
 from models.references import WeightsError, absolute, public
+from models.stores import make_folder, missing_bucket
 from models.weights import Card, fingerprint, load_card
 from pipeline import schema
-from pipeline.config import Edit, Part, Run, TuneRun
+from pipeline.config import ConfigError, Edit, Part, Run, TuneRun
+from pipeline.faults import refused
 from pipeline.sources import Input
 
 # ---- references ------------------------------------------------------------------------------------------------------
@@ -55,18 +59,6 @@ def network_weights_problems(clips: Iterable[str], identity: str | None) -> list
 
 
 # ---- the output ------------------------------------------------------------------------------------------------------
-
-
-def write_problems(folder: str) -> list[str]:
-    """Why nothing can be written to a folder, which is made if need be: a sentence, or none."""
-    try:
-        fs, root = url_to_fs(folder)
-        fs.makedirs(root, exist_ok=True)
-        fs.touch(f"{root}/.writable", truncate=True)
-        fs.rm_file(f"{root}/.writable")
-    except (OSError, ValueError, ImportError, NotImplementedError) as error:
-        return [f"the output {public(folder)} cannot be written to: {error or type(error).__name__}"]
-    return []
 
 
 # ---- the base model --------------------------------------------------------------------------------------------------
@@ -157,3 +149,30 @@ def _unlike(part: Part, card: Card, recipe: Recipe) -> list[str]:
         if name in card.recipe and card.recipe[name] != getattr(recipe, name)
     ]
     return [f"edit model {part.name} was tuned with {' and '.join(differences)}; the edit may be weaker or stronger"] if differences else []
+
+
+def place_problems(address: str, write: bool) -> list[str]:
+    """Why nothing can be written to a folder or address; empty if it can. With ``write`` it is made and written to once, for
+    only that tells of a store; without, nothing is left anywhere."""
+    shown = public(address)
+    try:
+        with refused(f"the output {shown} cannot be used"):
+            fs, root = url_to_fs(address)
+            if bucket := missing_bucket(fs, root):
+                return [f"there is no bucket {bucket} for the output {shown}; make it first, or see to the name"]
+        if write:
+            with refused(f"the output {shown} cannot be written to"):
+                make_folder(fs, root)
+                fs.touch(f"{root}/.writable", truncate=True)
+                fs.rm_file(f"{root}/.writable")
+    except ConfigError as error:
+        return list(error.problems)
+    return _folder_problems(Path(root)) if "file" in fs.protocol and not write else []
+
+
+def _folder_problems(folder: Path) -> list[str]:
+    """Of a folder of this machine, whether it is there or not."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        return [f"{folder} cannot be a folder: {there} is a file; give another"]
+    return [] if os.access(there, os.W_OK) else [f"{folder} cannot be written to; give another folder, or see to its permissions"]

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from models.references import public_text
 from pipeline.schema import MAX_BLOCK_BYTES, MAX_PIXELS
 
 if TYPE_CHECKING:  # so that processes that only read rows need not import torch
@@ -13,9 +14,11 @@ if TYPE_CHECKING:  # so that processes that only read rows need not import torch
 
 
 class ConfigError(ValueError):
-    """A request that cannot be carried out; lists every problem at once. Nothing has been started or written."""
+    """A request that cannot be carried out; lists every problem at once, addresses in it without credentials. Nothing has been
+    started or written."""
 
     def __init__(self, *problems: str):
+        problems = tuple(map(public_text, problems))
         super().__init__("\n".join(problems))
         self.problems = problems
 

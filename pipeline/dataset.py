@@ -223,13 +223,15 @@ def _pool(most: int) -> ray.data.ActorPoolStrategy:
 def audit(input_ids: np.ndarray, folder: str) -> None:
     """The hard gate: every input id (sorted hashes) stands in the output exactly once. Raises AuditError otherwise."""
     try:
-        out = find(Source(path=folder))
-        written = check_ids(out)
+        with explained(f"{folder} cannot be read"):
+            written = check_ids(find(Source(path=folder)))
     except ConfigError as error:  # as it would be told of an input
         raise AuditError(f"the output cannot be checked: {error}; give the same command again, or --overwrite") from None
     if not np.array_equal(written, input_ids):
         lost, foreign = len(np.setdiff1d(input_ids, written)), len(np.setdiff1d(written, input_ids))
-        raise AuditError(f"{folder}: {lost} input ids are missing and {foreign} ids are not of the input; run again with --overwrite")
+        raise AuditError(
+            f"{public(folder)}: {lost} input ids are missing and {foreign} ids are not of the input; run again with --overwrite"
+        )
 
 
 def _manifest(plan: Plan, output: Output, report: Report, state: str) -> dict[str, Any]:

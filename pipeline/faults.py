@@ -2,13 +2,16 @@
 
 import errno
 import pickle
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyarrow as pa
 
-from models.references import public
+from models.references import public_text
+from models.stores import how_to_be_allowed
+from pipeline.config import ConfigError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -27,7 +30,22 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         if not _of_a_store(error):
             raise
-        raise JobError(f"{public(what)} ({_reason(error)}); {_remedy(error)}, {AGAIN}") from error
+        raise JobError(f"{public_text(what)} ({_reason(error)}); {_remedy(error)}, {AGAIN}") from error
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """The same before anything has started: a ConfigError, also for addresses that no package knows."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if _of_a_store(error):
+            raise ConfigError(f"{what}: {_reason(error)}; {_remedy(error)}") from None
+        if isinstance(error, ValueError | ImportError):
+            raise ConfigError(f"{what}: {_reason(error)}") from None
+        raise
 
 
 def _of_a_store(error: Exception) -> bool:
@@ -36,15 +54,18 @@ def _of_a_store(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    """In one line, and without what addresses hold besides the place: a signed one would be in every log."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join((text.splitlines() or [""])[0].split())[:200] or type(error).__name__
+    return " ".join(public_text((text.splitlines() or [""])[0]).split())[:200] or type(error).__name__
 
 
 def _remedy(error: Exception) -> str:
+    if type(error).__name__ == "NoCredentialsError":
+        return how_to_be_allowed("s3")
     number = error.errno if isinstance(error, OSError) else None
     if number in FULL:
         return "make room"
-    if number in FORBIDDEN or isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+    if number in FORBIDDEN or isinstance(error, PermissionError) or re.search("Credential|Profile", type(error).__name__):
         return "see to the permissions, or renew the credentials"
     return "see that the file is whole, the store can be reached and the credentials are valid"
 

@@ -7,8 +7,10 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from models.references import public
 from pipeline import parquet, schema, tars
 from pipeline.config import ConfigError, Source
+from pipeline.faults import refused
 from pipeline.filters import condition
 from pipeline.inputs import Input, OnFile, below, side_by_side
 from pipeline.schema import MAX_PICTURE_BYTES, SUFFIXES
@@ -29,15 +31,16 @@ class _Listing:
 def _listing(path: str) -> _Listing:
     if not path:
         raise ConfigError("the address of the input is empty")
-    try:
+    with refused(f"{public(path)} cannot be opened"):
         fs, root = url_to_fs(path)
-        if not fs.exists(root):
-            raise ConfigError(f"there is nothing at {path}; give Parquet, tar or picture files, or a folder of one kind of them")
+        try:
+            if not fs.exists(root):
+                fs.info(root)  # which says what exists() takes for a no: that nobody is let in, or answers
+                raise FileNotFoundError(root)
+        except FileNotFoundError:
+            nothing = f"there is nothing at {public(path)}; give Parquet, tar or picture files, or a folder of one kind of them"
+            raise ConfigError(nothing) from None
         everything = fs.find(root, detail=True) if fs.isdir(root) else {root: fs.info(root)}
-    except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} cannot be opened: {error}") from None
     visible = [f for f in sorted(everything) if f == root or not any(p.startswith(("_", ".")) for p in below(f, root).split("/"))]
     return _Listing(fs=fs, root=root, files={file: everything[file] for file in visible}, empty=not everything)
 
@@ -65,10 +68,8 @@ def metadata_at(path: str) -> dict[str, Any]:
     """What the project wrote into the first Parquet file at an address; empty if it wrote none. Raises ConfigError."""
     there = _listing(path)
     files = there.ending(".parquet")
-    try:
+    with refused(f"{files[0] if files else path} cannot be read"):
         return schema.about(parquet.read_footer(there.fs, files[0], ()).columns) if files else {}
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(_unreadable(files[0], error)) from None
 
 
 def _find_pictures(source: Source, there: _Listing, files: tuple[str, ...]) -> Input:

@@ -11,8 +11,9 @@ import pyarrow as pa
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
+from models.references import EVERY_NODE, told_in
 from pipeline.config import Resources
-from pipeline.faults import JobError, from_bytes, to_bytes
+from pipeline.faults import AGAIN, JobError, from_bytes, to_bytes
 from pipeline.sources import Block, Input
 from pipeline.worker import Worker, read
 
@@ -20,6 +21,8 @@ ALONE = 2
 """So often a row alone must end a process before it is rejected."""
 MOST_DEATHS = 60
 """Of isolated processes in one run: more are no matter of single rows."""
+STARTS = 4
+"""So often a constructor may raise, one time after the other."""
 MOST_LOST_NODES = 10
 """Under one call."""
 SECONDS = 90.0
@@ -62,13 +65,14 @@ class Attempts:
         self.actor: Any = None
         self.node = ""
         self.deaths = 0
+        self.failed_starts = 0
+        """Constructors that raised since one did not."""
 
     def __call__(self, method: str, *arguments: Any) -> tuple[bool, Any]:
         """Whether the process survived it, and what came back. Raises what was raised there, and JobError if it is no matter of rows."""
         for _ in range(MOST_LOST_NODES):
-            if self.actor is None:
-                self.actor = self.start()
-                self.node = ray.get(self.actor.node.remote())
+            if self.actor is None and not self._begin():
+                continue
             try:
                 answer = ray.get(getattr(self.actor, method).remote(*arguments))
             except RayActorError as error:
@@ -82,8 +86,25 @@ class Attempts:
                 raise from_bytes(answer)
             return True, answer
         raise JobError(
-            f"{MOST_LOST_NODES} nodes went away under one block of rows; run the same command again when there are steadier ones"
+            f"{MOST_LOST_NODES} times a node went away, or a process while it started, under one block of rows; "
+            "run the same command again when there are steadier ones"
         )
+
+    def _begin(self) -> bool:
+        """Starts a process; False if it, or its node, died meanwhile. Raises what its constructor raises each time."""
+        actor = self.start()
+        try:
+            self.node = ray.get(actor.node.remote())
+        except RayActorError as error:
+            _wait_for_death(actor, error)
+            self.failed_starts += error.actor_init_failed
+            if self.failed_starts < STARTS:
+                return False
+            if told := told_in(str(error)):
+                raise JobError(f"on a worker, {told}; {EVERY_NODE}: mend that, {AGAIN}") from error
+            raise
+        self.actor, self.failed_starts = actor, 0
+        return True
 
     def _count(self, error: Exception) -> None:
         self.deaths += 1

@@ -7,10 +7,12 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from models.pixelface.avatars import FACTORS
+from models.references import public
 from models.weights import fingerprint
 from pipeline import schema
-from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems, write_problems
+from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems, place_problems
 from pipeline.config import ConfigError, Edit, Run
+from pipeline.faults import refused
 from pipeline.ids import check_ids
 from pipeline.inputs import OnFile
 from pipeline.resume import Done, finished, nested, output_problems, request_of
@@ -42,10 +44,11 @@ class Plan:
         return up + sum(output.model_calls for output in self.outputs)
 
 
-def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnFile = lambda done, total: None) -> Plan:
+def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnFile = lambda done, total: None, write: bool = True) -> Plan:
     """Checks everything that can be checked without a model call. Raises ConfigError with every problem found.
 
     Both functions are called with how much is looked at and how much there is: files, then rows' ids.
+    With ``write`` the output is made, and written to once to see that it can be; without, nothing is left anywhere.
     """
     run = absolute_weights(replace(run, source=replace(run.source, path=absolute(run.source.path)), output=absolute(run.output)))
     timesteps, problems = base_problems(run.domain, run.recipe)
@@ -55,7 +58,7 @@ def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnF
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     of_cards, notes = card_problems(run)
-    problems += latent_problems(run, found) + of_cards + problems_without_weights(run, found)
+    problems += latent_problems(run, found) + of_cards + problems_without_weights(run, found, write)
     if problems:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
@@ -72,11 +75,11 @@ def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnF
     return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending, notes=tuple(notes))
 
 
-def problems_without_weights(run: Run, found: Input) -> list[str]:
+def problems_without_weights(run: Run, found: Input, write: bool) -> list[str]:
     """Of input, output and scores: what can be told without the weights of any diffusion model."""
     clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
     problems = network_weights_problems(clips, run.identity) if clips or run.identity else []  # it imports networks
-    return problems + _name_problems(run, found) + _output_problems(run)
+    return problems + _name_problems(run, found) + _output_problems(run, write)
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
@@ -96,7 +99,10 @@ def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
     for edit in run.edits:
         parts = [{"name": p.name, "weight": p.weight, "fingerprint": fingerprint(p.file)} for p in edit.parts]
         columns = schema.edits_schema(
-            found.user_columns, factors, {**about, "edit": parts, "degree": edit.degree, "clip": run.clip}, run.identity is not None
+            found.user_columns,
+            factors,
+            {**about, "edit": parts, "degree": edit.degree, "clip": run.clip and public(run.clip)},
+            run.identity is not None,
         )
         calls = _calls_down(run, edit)
         folder, request = f"{run.output.rstrip('/')}/{edit.name}", request_of(run, found, edit)
@@ -126,16 +132,18 @@ def _name_problems(run: Run, found: Input) -> list[str]:
     return [f"column {name!r} of {run.source.path} has a name that this run writes; rename it first" for name in clash]
 
 
-def _output_problems(run: Run) -> list[str]:
+def _output_problems(run: Run, write: bool) -> list[str]:
+    folder = public(run.output)
     try:
-        fs, root = url_to_fs(run.output)
-        direct = [f for f in fs.ls(root, detail=False) if str(f).endswith(".parquet")] if fs.isdir(root) else []
-        if fs.isfile(root):
-            return [f"the output {run.output} is a file; give a folder"]
-    except (ValueError, ImportError, OSError) as error:
-        return [f"the output {run.output} cannot be used: {error}"]
+        with refused(f"the output {folder} cannot be used"):
+            fs, root = url_to_fs(run.output)
+            direct = [f for f in fs.ls(root, detail=False) if str(f).endswith(".parquet")] if fs.isdir(root) else []
+            if fs.isfile(root):
+                return [f"the output {folder} is a file; give a folder"]
+    except ConfigError as error:
+        return list(error.problems)
     if root == url_to_fs(run.source.path)[1]:
-        return [f"input and output are the same: {run.output}; give another output folder"]
+        return [f"input and output are the same: {folder}; give another output folder"]
     if direct and run.edits:
-        return [f"{run.output} is a dataset itself ({len(direct)} Parquet files); edits need a folder for their folders, give another"]
-    return write_problems(run.output)
+        return [f"{folder} is a dataset itself ({len(direct)} Parquet files); edits need a folder for their folders, give another"]
+    return place_problems(run.output, write)

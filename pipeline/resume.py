@@ -23,6 +23,7 @@ from fsspec.core import url_to_fs
 
 from models.fetching import cache_folder
 from models.references import public
+from models.stores import make_folder
 from models.weights import fingerprint
 from pipeline.config import ConfigError, Edit, Run, TuneRun
 from pipeline.manifest import read_manifest
@@ -196,7 +197,7 @@ def errors_in(fs: AbstractFileSystem, file: str, rows: int) -> list[str] | None:
 def clear(folder: str, keep: Callable[[str], bool]) -> None:
     """Makes the folder and removes its Parquet files but those whose names are to be kept, and what a killed process left."""
     fs, root = url_to_fs(folder)
-    fs.makedirs(root, exist_ok=True)
+    make_folder(fs, root)
     leftovers = [str(file) for file in fs.glob(f"{root}/{TEMPORARY}")]
     for file in [*leftovers, *(f"{root}/{name}" for name in _files(fs, root) if OURS.fullmatch(name) and not keep(name))]:
         fs.rm_file(file)

@@ -12,6 +12,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from pipeline.config import ConfigError
+from pipeline.faults import refused
 from pipeline.manifest import RECORD, read_manifest
 from pipeline.resume import THREADS
 
@@ -49,19 +50,15 @@ class Standing:
 
 def standings(address: str) -> list[Standing]:
     """Of the dataset at an address, or of all in the folders right below. Raises ConfigError if there is none."""
-    try:
+    with refused(f"{address} cannot be opened"):
         fs, root = url_to_fs(address)
         if not fs.isdir(root):
             raise ConfigError(f"there is no folder {address}; give one that invert or edit writes to")
         below = sorted(
             str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in fs.ls(root, detail=True) if entry["type"] == "directory"
         )
-    except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{address} cannot be opened: {error}") from None
-    folders = [address, *(f"{address.rstrip('/')}/{name}" for name in below)]
-    found = [(folder, manifest) for folder in folders if (manifest := read_manifest(folder))]
+        folders = [address, *(f"{address.rstrip('/')}/{name}" for name in below)]
+        found = [(folder, manifest) for folder in folders if (manifest := read_manifest(folder))]
     if not found:
         raise ConfigError(f"{address} holds no {RECORD}, nor does a folder in it; give the output of invert or edit")
     return [_standing(folder, manifest) for folder, manifest in found]

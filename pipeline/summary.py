@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 from models.attributes import ATTRIBUTES
 from pipeline import schema
 from pipeline.config import ConfigError, Source
+from pipeline.faults import refused
 from pipeline.manifest import RUNNING, read_manifest
 from pipeline.sources import Input, find
 
@@ -83,7 +84,7 @@ class Summary:
 
 def edit_folders(address: str) -> list[str]:
     """The edits datasets at an address: itself, or its subfolders in order of name. Raises ConfigError if there are none."""
-    try:
+    with refused(f"{address} cannot be opened"):
         fs, root = url_to_fs(address)
         if not fs.exists(root):
             raise ConfigError(f"there is no folder {address}; give a folder that an edit run wrote")
@@ -93,10 +94,6 @@ def edit_folders(address: str) -> list[str]:
             return [address]
         below = sorted(str(entry["name"]).rstrip("/") for entry in fs.ls(root, detail=True) if entry["type"] == "directory")
         found = [_name(folder) for folder in below if not _hidden(folder) and _is_edits(fs, folder)]
-    except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{address} cannot be opened: {error}") from None
     if not found:
         raise ConfigError(f"{address} holds no edits dataset, nor does a folder in it; give a folder that an edit run wrote")
     return [f"{address.rstrip('/')}/{name}" for name in found]

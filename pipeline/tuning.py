@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -14,7 +12,7 @@ from models.attributes import attributes_of
 from models.domains import Domain
 from models.references import WeightsError, beside, place_of, public
 from models.weights import edit_model_file, parse_card
-from pipeline.checks import absolute_tuning_weights, base_problems, latent_mismatch, network_weights_problems, write_problems
+from pipeline.checks import absolute_tuning_weights, base_problems, latent_mismatch, network_weights_problems, place_problems
 from pipeline.config import ConfigError, Source, TuneRun
 from pipeline.resume import differences, tuning_request
 from pipeline.sources import Input, absolute, find
@@ -48,8 +46,11 @@ class TunePlan:
         return self.run.storage or f"{self.run.output.rstrip('/')}/.training"
 
 
-def make_tune_plan(run: TuneRun) -> TunePlan:
-    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found."""
+def make_tune_plan(run: TuneRun, write: bool = True) -> TunePlan:
+    """Checks everything that can be checked without a model call. Raises ConfigError with every problem found.
+
+    With ``write`` a store is written to once, to see that it can be; without, nothing is left anywhere.
+    """
     run = absolute_tuning_weights(replace(run, latents=absolute(run.latents), output=absolute(run.output)))
     timesteps, problems = base_problems(run.domain, run.recipe)
     problems += run.problems(timesteps)
@@ -66,7 +67,7 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
                 f"{run.latents} has {found.rows} latents, too few for {run.tuning.held_out} held-out images and at least one to train on "
                 f"for each of {run.workers} workers"
             )
-    problems += network_weights_problems(run.loss_clips, run.identity) + _place_problems(run.output)
+    problems += network_weights_problems(run.loss_clips, run.identity) + _place_problems(run.output, write)
     if run.domain.clip in run.loss_clips and not problems:
         problems += word_problems(run.domain, run.source_text, run.target_text)
     if problems:
@@ -75,17 +76,11 @@ def make_tune_plan(run: TuneRun) -> TunePlan:
     return replace(plan, done=not run.overwrite and is_done(plan.file, plan.request))
 
 
-def _place_problems(address: str) -> list[str]:
+def _place_problems(address: str, write: bool) -> list[str]:
     """Why edit models cannot be saved at an address; empty if they can."""
     if place_of(address).kind == "hub":  # each epoch's checkpoint would be a commit
         return [f"edit models are saved in a local folder or a bucket (s3://); got {public(address)}"]
-    if "://" in address and not address.startswith("file:"):
-        return write_problems(address)
-    folder = Path(url_to_fs(address)[1])
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        return [f"{folder} cannot be a folder: {there} is a file; give another"]
-    return [] if os.access(there, os.W_OK) else [f"{folder} cannot be written to; give another folder, or see to its permissions"]
+    return place_problems(address, write and "://" in address and not address.startswith("file:"))
 
 
 def is_done(file: str, request: Mapping[str, Any]) -> bool:

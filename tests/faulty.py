@@ -124,6 +124,36 @@ class FullDisk(Light):
         return super().finish(table, withheld)
 
 
+BALLAST = "ballast"
+
+
+class Filled(Light):
+    """Something else fills the file system of its output once two blocks are written."""
+
+    def finish(self, table: pa.Table, withheld: Any = None) -> pa.Table:
+        if not happens(self.run, "room", 2):
+            with suppress(OSError), Path(self.run.output, BALLAST).open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        return super().finish(table, withheld)
+
+
+class LateStarter(Light):
+    """Its constructor raises twice, then its process dies in it."""
+
+    def __init__(self, run: Run, outputs: tuple[Output, ...], has_latents: bool):
+        if happens(run, "raised", 2):
+            raise RuntimeError("the driver of the GPU is not there yet")
+        if happens(run, "died", 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(run, outputs, has_latents)
+
+
+class NeverStarts(Light):
+    def __init__(self, *arguments: Any):
+        raise MissingError("there is no x on this node")
+
+
 class ReadOnly(Light):
     """The file system that is mounted at its output becomes read-only once two blocks are written."""
 

@@ -16,13 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TinyDomain
 from faulty_s3 import FaultyS3, faulty_s3
+from fsspec.implementations.local import LocalFileSystem
+from servers import Web
 
 from models.domains import Domain
+from models.stores import has_folders
 from pipeline import dataset, isolation, schema
 from pipeline.config import ConfigError, Resources, Run, Source
 from pipeline.faults import JobError, explained, from_bytes, to_bytes
 from pipeline.manifest import read_manifest, write_in_one_stroke
 from pipeline.plan import make_plan
+from pipeline.resume import clear
 from pipeline.worker import Worker, read
 
 # ---- without Ray -----------------------------------------------------------------------------------------------------
@@ -91,6 +95,60 @@ def test_a_full_disk_is_not_filled_further_by_half_a_file(tmp_path: Path, monkey
     finally:
         fsspec.register_implementation("file", Full.__base__, clobber=True)
     assert list(tmp_path.iterdir()) == []
+
+
+class Shelf(LocalFileSystem):
+    """Files on a server, as far as its clients can tell: there is no protocol ``file``, and no renaming over what is there."""
+
+    protocol = "shelf"
+    room = 1000
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("shelf://")))
+
+    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        assert not Path(path).name.startswith("part"), "whoever looks now sees half a file"
+        Path(path).write_bytes(value[: self.room])
+        if len(value) > self.room:
+            raise OSError("the connection broke")
+
+    def mv(self, path1: str, path2: str, **_: Any) -> None:
+        if Path(path2).exists():
+            raise FileExistsError(path2)
+        Path(path1).rename(path2)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> str:
+    fsspec.register_implementation("shelf", Shelf, clobber=True)
+    return f"shelf://{tmp_path}/out"
+
+
+def test_a_file_on_a_server_that_is_no_object_store_is_never_seen_half_and_may_be_replaced(shelf: str) -> None:
+    folder = Path(shelf.removeprefix("shelf://"))
+    clear(shelf, lambda name: False)
+    for data in (b"first", b"second"):
+        write_in_one_stroke(shelf, "part.parquet", data)
+        assert [file.read_bytes() for file in folder.iterdir()] == [data]
+    with pytest.raises(OSError, match="the connection broke"):
+        write_in_one_stroke(shelf, "part.parquet", bytes(2000))
+    assert [file.read_bytes() for file in folder.iterdir()] == [b"second"]
+
+
+def test_an_object_store_gets_a_file_in_one_stroke_and_no_folders() -> None:
+    assert not has_folders(fsspec.filesystem("s3"))
+    assert not has_folders(fsspec.filesystem("dir", path="bucket/deep", fs=fsspec.filesystem("s3")))
+    write_in_one_stroke("memory://stroke/out", "part.parquet", b"whole")
+    assert fsspec.filesystem("memory").find("stroke") == ["/stroke/out/part.parquet"]
+
+
+def test_a_signed_address_in_what_a_store_says_is_not_told(web: Web) -> None:
+    signed = f"{web.url}/denied/part-1?X-Amz-Signature=hunter2".replace("http://", "http://me:hunter2@")
+    with pytest.raises(JobError, match="403") as caught, explained(f"{signed} cannot be read"):
+        fsspec.filesystem("http").cat_file(signed)
+    assert f"{web.url}/denied/part-1" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 # ---- with Ray --------------------------------------------------------------------------------------------------------
@@ -193,6 +251,19 @@ def test_a_disk_that_fills_up_ends_the_job_with_one_line_and_afterwards_it_goes_
     assert {name: row["latent"] for name, row in faulty.rows_of(run.output).items()} == wanted
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_when_rows_are_looked_at_alone_a_constructor_may_fail_or_die_at_first_and_not_for_ever(make_run: Make) -> None:
+    plan = make_plan(make_run(3))
+    clear(plan.run.output, lambda name: False)
+    arguments = (plan.run, plan.outputs, False), plan.found
+    attempts = isolation.Attempts(plan.run.resources, faulty.LateStarter, *arguments)
+    assert isolation.finish(attempts, plan.blocks[0])["rows"].to_pylist() == [3]
+    attempts.end()
+    assert (attempts.deaths, set(faulty.traces(plan.run))) == (0, {"raised.0", "raised.1", "died.0"})
+    with pytest.raises(JobError, match=r"on a worker, there is no x on this node; every node must have the file .*: mend that, then give"):
+        isolation.Attempts(plan.run.resources, faulty.NeverStarts, *arguments)("tried", plan.blocks[0], [0])
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, which can be made read-only."""
@@ -216,6 +287,45 @@ def test_an_output_that_becomes_read_only_ends_the_job_and_one_that_is_read_only
     report = carry_out(run, faulty.Light, monkeypatch)
     assert report.resumed >= 6
     assert len(faulty.rows_of(run.output)) == report.done == 15
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_file_system_without_room_ends_the_job_with_one_line_and_with_room_it_goes_on(
+    make_run: Make, mounted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert faulty.remount(mounted, "size=1m") == 0
+    run = make_run(15, output=str(mounted))
+    wanted = calm(replace(run, output=str(mounted.parent / "out")))
+    with pytest.raises(JobError, match=r"cannot be written \(No space left on device\); make room, then give the same command again"):
+        carry_out(run, faulty.Filled, monkeypatch)
+    assert not list(mounted.glob(".part*"))
+    (mounted / faulty.BALLAST).unlink()
+    report = carry_out(run, faulty.Light, monkeypatch)
+    assert report.resumed >= 6
+    assert {name: row["latent"] for name, row in faulty.rows_of(run.output).items()} == wanted
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bad_day_of_s3_while_its_rows_are_read_loses_and_doubles_none(
+    make_run: Make, store: FaultyS3, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(15)
+    wanted = calm(run)
+    rows = [{"id": name, "image": {"bytes": Path(run.source.path, name).read_bytes(), "path": None}} for name in sorted(wanted)]
+    with fsspec.open(f"{s3}/read/in.parquet", "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema([("id", pa.string()), ("image", schema.IMAGE)])), file, row_group_size=3)
+    numbers, kinds = count(), ["busy", "reset", "cut"]
+
+    def fault(method: str, path: str) -> str | None:
+        number = next(numbers) if method == "GET" and "in.parquet" in path else 1
+        return kinds[number // 2 % len(kinds)] if number % 2 == 0 else None
+
+    store.happened.clear()
+    monkeypatch.setattr(store, "fault", fault)
+    report = carry_out(replace(run, source=Source(path=f"{s3}/read/in.parquet")), faulty.Light, monkeypatch)
+    assert {name: row["latent"] for name, row in faulty.rows_of(run.output).items()} == wanted
+    assert (report.done, report.rejected) == (15, 0)
+    assert set(store.happened) >= set(kinds)
 
 
 def bad_day(forbidden: str) -> Callable[[str, str], str | None]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from jobs.requests import domain_named, make_edits
 from models.domains import DOMAINS
 from models.recipe import Recipe
 from models.unet import load_base
+from pipeline import schema
 from pipeline.config import Resources, Run, Source
 from pipeline.manifest import write_manifest
-from pipeline.plan import make_plan
+from pipeline.plan import _outputs, make_plan
 from pipeline.resume import clear
+from pipeline.sources import find
 from pipeline.worker import Worker, read_packed
 
 FACTOR = 2.0
@@ -167,3 +170,17 @@ def test_numbers_are_rounded_as_one_says_them() -> None:
     assert [duration(s) for s in (0.5, 90, 5400, 26 * 3600, 10 * 86400)] == ["0.5 s", "1.5 min", "1.5 h", "26 h", "10 days"]
     assert ranged([22.0, 32.0, 56.0], lambda h: f"{h:g}") == "32 (22 to 56)"
     assert between([5.0, 5.0], size) == "5 B"
+
+
+def test_a_plan_finds_that_an_output_cannot_be_made_without_making_anything(told: Told, faces: Path, tmp_path: Path) -> None:
+    told("invert", faces, tmp_path / "deep" / "out", *OPTIONS)
+    (tmp_path / "file").touch()
+    assert "is a file; give another" in told("invert", faces, tmp_path / "file" / "out", *OPTIONS, status=2)["errors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["faces.parquet", "file"]
+
+
+def test_credentials_in_the_address_of_a_clip_are_not_written_into_every_output_file(faces: Path, tmp_path: Path) -> None:
+    asked = replace(request(faces, tmp_path / "out", "glasses"), score_clip="https://me:hunter2@host/clip?X-Amz-Signature=hunter2")
+    (output,) = _outputs(asked, find(asked.source))
+    assert schema.about(output.columns)["clip"] == "https://host/clip"
+    assert "hunter2" not in str(output.columns.metadata)

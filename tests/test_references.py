@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.references import Place, WeightsError, absolute, beside, inside, offline, place_of, public, told_in
+from models.references import Place, WeightsError, absolute, beside, inside, offline, place_of, public, public_text, told_in
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -137,3 +137,9 @@ def test_the_sentence_of_missing_weights_is_found_in_the_traceback_of_another_pr
     text = "\n".join(lines)
     assert told_in(text) == "a.pth does not exist; get it"
     assert told_in("ValueError: WeightsError") is None
+
+
+def test_what_other_programs_say_is_told_without_the_secrets_in_its_addresses() -> None:
+    said = "403, url='https://me:hunter2@host/a b' of s3://k:hunter2@b/c, <http://h/x?X-Amz-Signature=hunter2> and http://[?hunter2"
+    assert public_text(said) == "403, url='https://host/a b' of s3://b/c, <http://h/x> and http://..."
+    assert public_text("part-1 of /a/b@c?d cannot be read (1 : 2)") == "part-1 of /a/b@c?d cannot be read (1 : 2)"

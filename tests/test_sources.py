@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from servers import Web
 
 from pipeline import schema
 from pipeline.codec import latents_to_arrow
 from pipeline.config import ConfigError, Source
+from pipeline.finding import metadata_at
 from pipeline.ids import check_ids, hash_ids, ids
 from pipeline.sources import Input, find, plan_blocks, read_block
 
@@ -332,3 +334,18 @@ def test_files_with_other_columns_or_types_are_named(tmp_path: Path) -> None:
 def test_a_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
     assert "the names of 1 pictures in" in problems_of(tmp_path)
+
+
+def test_an_address_in_a_message_has_no_credentials(web: Web) -> None:
+    (web.folder / "broken.parquet").write_bytes(b"PAR1 and no more")
+    there = web.url.replace("http://", "http://me:hunter2@")
+    for name, says in (
+        ("none.parquet?X-Amz-Signature=hunter2", "there is nothing at"),
+        ("broken.parquet", "is not a readable Parquet file"),
+    ):
+        told = problems_of(f"{there}/{name}")
+        assert says in told
+        assert "hunter2" not in told
+    with pytest.raises(ConfigError, match=f"{web.url}/broken.parquet cannot be read") as caught:
+        metadata_at(f"{there}/broken.parquet")
+    assert "hunter2" not in str(caught.value)

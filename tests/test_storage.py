@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,3 +122,66 @@ def test_a_secret_on_the_command_line_ends_with_a_line_and_nothing_is_written(tm
     assert refused.startswith("error: secrets are not taken from the command line")
     assert "hunter2" not in refused
     assert not (tmp_path / "out").exists()
+
+
+# ---- a store that lets nobody in, does not answer, or has no such bucket ---------------------------------------------
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that nothing listens on, and nothing can begin to."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.fixture
+def without_credentials(closed_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+
+
+@pytest.fixture
+def out_of_reach(without_credentials: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {"AWS_ACCESS_KEY_ID": "hunter2", "AWS_SECRET_ACCESS_KEY": "hunter2", "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return f'Could not connect to the endpoint URL: "{os.environ["AWS_ENDPOINT_URL"]}/'
+
+
+@pytest.mark.parametrize("trouble", ["without_credentials", "out_of_reach"])
+def test_a_store_that_lets_nobody_in_or_does_not_answer_is_said_in_one_line_before_anything_starts(
+    trouble: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    says, out = request.getfixturevalue(trouble), str(tmp_path / "out")
+    for words in (
+        ("invert", "s3://faces/deep", out),
+        ("edit", "s3://faces", out, "-a", "none"),
+        ("invert", str(PIXELFACE.held_out), "s3://latents/deep"),
+        ("plan", "invert", "s3://faces/deep", out),
+        ("plan", "edit", str(PIXELFACE.held_out), "s3://edits", "-a", "none"),
+        ("status", "s3://edits/deep"),
+    ):
+        (line,) = run(*words, status=2).stderr.splitlines()
+        assert line.startswith("error: ")
+        assert says in line
+        assert "hunter2" not in line
+    assert not Path(out).exists()
+
+
+def test_a_mistyped_bucket_is_refused_and_not_made_and_a_plan_leaves_nothing_in_one_that_is_there(s3: str) -> None:
+    store, faces = fsspec.filesystem("s3"), str(PIXELFACE.held_out)
+    for words in (("invert", faces, "s3://shraed/out"), ("plan", "invert", faces, "s3://shraed/out")):
+        refused = run(*words, *TINY, status=2).stderr
+        assert refused == "error: there is no bucket shraed for the output s3://shraed/out; make it first, or see to the name\n"
+    run("plan", "invert", faces, f"{s3}/storage/planned", *TINY, "--limit", "4")
+    store.invalidate_cache()
+    assert not store.exists("shraed")
+    assert not store.exists(f"{s3}/storage/planned")
+    versions = store.call_s3("list_object_versions", Bucket="shared", Prefix="storage/planned")
+    assert not {"Versions", "DeleteMarkers"} & versions.keys()

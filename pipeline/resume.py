@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -140,12 +140,16 @@ def output_problems(folder: str, request: Mapping[str, Any], overwrite: bool = F
     return [f"{folder} was made by another request ({'; '.join(changed)}); give another folder, or --overwrite"] if changed else []
 
 
+Kept = dict[int, list[str]]
+"""Of one output: first row of each block that it has whole, which names its file -> reasons of the rejects in it."""
+
+
 @dataclass(kw_only=True)
 class Done:
     """The blocks that every output has whole."""
 
     starts: set[int] = field(default_factory=set)
-    """First rows of these blocks, which name their files."""
+    """First rows of these blocks."""
     rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     """Of the rejects among them."""
@@ -156,24 +160,28 @@ def file_name(start: int) -> str:
     return f"part-{start:012d}.parquet"
 
 
-def finished(blocks: Iterable[Block], folders: Iterable[str], retry_rejects: bool) -> Done:
-    """Which blocks need not be computed again. With ``retry_rejects`` those with a reject in any output must be."""
-    places = [url_to_fs(folder) for folder in folders]
-    names = [set(_files(fs, root)) for fs, root in places]
-    candidates = [b for b in blocks if all(file_name(b.start) in there for there in names)]
-    done = Done()
+def finished(blocks: Iterable[Block], folder: str, retry_rejects: bool) -> Kept:
+    """The blocks that an output need not be given again. With ``retry_rejects`` those with a reject must be."""
+    fs, root = url_to_fs(folder)
+    names = set(_files(fs, root))
+    candidates = [b for b in blocks if file_name(b.start) in names]
 
-    def look(block: Block) -> list[list[str] | None]:
-        return [errors_in(fs, f"{root}/{file_name(block.start)}", block.rows) for fs, root in places]
+    def look(block: Block) -> list[str] | None:
+        return errors_in(fs, f"{root}/{file_name(block.start)}", block.rows)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for block, outputs in zip(candidates, pool.map(look, candidates), strict=True):
-            whole = [errors for errors in outputs if errors is not None]
-            if len(whole) < len(outputs) or (retry_rejects and any(whole)):
-                continue
+        looked = zip(candidates, pool.map(look, candidates), strict=True)
+        return {block.start: errors for block, errors in looked if errors is not None and not (retry_rejects and errors)}
+
+
+def done_by_all(blocks: Iterable[Block], outputs: Sequence[Kept]) -> Done:
+    """What no output needs any more; nothing where there are no outputs."""
+    done = Done()
+    for block in blocks:
+        if outputs and all(block.start in kept for kept in outputs):
             done.starts.add(block.start)
             done.rows += block.rows
-            done.reasons.update(whole[-1])
+            done.reasons.update(outputs[-1][block.start])
     return done
 
 

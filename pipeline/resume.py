@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from models.fetching import cache_folder
+from models.fetching import cache_folder, version_of
 from models.references import public
 from models.weights import fingerprint
 from pipeline.config import ConfigError, Edit, Run, TuneRun
@@ -34,6 +35,9 @@ OURS = re.compile(r"part-\d{12}\.parquet")
 """Names of output files; no other file is ever removed."""
 TEMPORARY = ".part-*.tmp"
 """What a process that was killed may leave behind."""
+WEIGHTS_OF, NUMBER_OF = "weights of ", "number of "
+"""Names in a request that begin so are compared only where both requests have them: weights are not fetched for that, records of
+earlier versions have none, and a place that changed has a name of its own."""
 _STAMPS = ("size", "ETag", "mtime", "LastModified")
 
 
@@ -48,6 +52,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     request: dict[str, Any] = {
         "input": public(found.source.path),
         "input files": digest(found),
+        f"{NUMBER_OF}input files": len(found.files),
         "id column": found.source.id_column,
         "image column": found.source.image_column,
         "limit": found.source.limit,
@@ -66,6 +71,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
             "ranges": edit.ranges,
             "score CLIP": run.clip and public(run.clip),
             "identity": run.identity and public(run.identity),
+            **_weights([run.clip] if edit.parts else [], [run.identity, run.domain.judge]),
         }
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back
@@ -76,18 +82,28 @@ def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
     request: dict[str, Any] = {
         "latents": public(found.source.path),
         "latents files": digest(found),
+        f"{NUMBER_OF}latents files": len(found.files),
         "base model": fingerprint(run.domain.weights),
         "attribute": run.attribute,
         "source text": run.source_text,
         "target text": run.target_text,
         "CLIPs": [public(clip) for clip in run.loss_clips],
         "identity": run.identity and public(run.identity),
+        **_weights(run.loss_clips, [run.identity]),
         "workers": run.workers,
         **{f"recipe {name}": value for name, value in run.recipe.to_dict().items()},
         **{f"tuning {name}": value for name, value in asdict(run.tuning).items()},
     }
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back
+
+
+def _weights(clips: Iterable[str | None], files: Iterable[str | Path | None]) -> dict[str, str]:
+    """What tells the weights at these places from others that could be there, as far as that is known without fetching them."""
+    from models.clip import clip_fingerprint  # slow to import
+
+    known = {str(clip): clip_fingerprint(clip) for clip in clips if clip} | {str(file): version_of(file) for file in files if file}
+    return {f"{WEIGHTS_OF}{public(place)}": version for place, version in known.items() if version}
 
 
 def digest(found: Input) -> str:
@@ -100,7 +116,8 @@ def digest(found: Input) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changed from one request to another, each with both values."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    compared = [name for name in {**before, **now} if not name.startswith((WEIGHTS_OF, NUMBER_OF)) or (name in before and name in now)]
+    names = [name for name in compared if before.get(name) != now.get(name)]
     return [f"{name} was {_said(before.get(name))}, now {_said(now.get(name))}" for name in names]
 
 

@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TinyDomain, TinyEdit
 from test_end_to_end import PIXELFACE, TINY, run
+from tiny import save_clip
 
-from models.recipe import Recipe
+from models.clip import clip_fingerprint
+from models.recipe import Recipe, Tuning
 from pipeline import schema
-from pipeline.config import ConfigError, Edit, Resources, Run, Source
+from pipeline.config import ConfigError, Edit, Resources, Run, Source, TuneRun
 from pipeline.manifest import FAILED, RECORD, read_manifest, write_manifest
 from pipeline.resume import (
     alone,
@@ -34,6 +36,7 @@ from pipeline.resume import (
     nested,
     output_problems,
     request_of,
+    tuning_request,
 )
 from pipeline.sources import find, plan_blocks
 
@@ -82,6 +85,8 @@ def test_other_contents_of_the_input_under_the_same_names_are_another_request(ti
     file = Path(tiny_run.source.path, "3.png")
     file.write_bytes(file.read_bytes() + b" ")
     assert [change.split(" was ")[0] for change in differences(before, request(tiny_run))] == ["input files"]
+    file.unlink()
+    assert "number of input files was 6, now 5" in differences(before, request(tiny_run))
 
 
 def test_another_edit_model_of_the_same_name_is_another_request(tiny_run: Run, tiny_edit: TinyEdit) -> None:
@@ -91,6 +96,54 @@ def test_another_edit_model_of_the_same_name_is_another_request(tiny_run: Run, t
     other = replace(part, file=tiny_edit(tiny_run.domain, "sad").file)
     assert [change.split(" was ")[0] for change in differences(before, request(tiny_run, Edit(parts=(other,))))] == ["edit"]
     assert differences(before, request(tiny_run, Edit(parts=(part,), degree=0.5))) == ["degree was 1.0, now 0.5"]
+
+
+def test_other_weights_at_the_same_place_are_another_request(
+    tiny_run: Run, tiny_edit: TinyEdit, face_weights: Path, tmp_path: Path
+) -> None:
+    clip, faces = tmp_path / "clip", tmp_path / "faces.safetensors"
+    shutil.copytree(tiny_run.domain.clip, clip)
+    shutil.copy(face_weights, faces)
+    run, edit = replace(tiny_run, score_clip=str(clip), identity=str(faces)), Edit(parts=(tiny_edit(tiny_run.domain, "smiling"),))
+    tune = TuneRun(
+        latents=run.source.path,
+        output=tmp_path / "models",
+        domain=run.domain,
+        attribute="smiling",
+        source_text="face",
+        target_text="smiling face",
+        recipe=run.recipe,
+        tuning=Tuning(),
+        clips=(str(clip), "ViT-B-16/openai"),
+        identity=str(faces),
+    )
+
+    def now() -> list[dict[str, Any]]:
+        return [request(run, edit), tuning_request(tune, find(run.source))]
+
+    def changed() -> list[list[str]]:
+        return [[change.split(" was ")[0] for change in differences(*pair)] for pair in zip(before, now(), strict=True)]
+
+    before = now()
+    assert changed() == [[], []]
+    shutil.rmtree(clip)
+    save_clip(clip, seed=2)
+    assert changed() == [[f"weights of {clip}"]] * 2
+    faces.write_bytes(face_weights.read_bytes()[:-1] + b"x")
+    assert changed() == [[f"weights of {clip}", f"weights of {faces}"]] * 2
+    assert not [name for asked in now() for name in asked if "openai" in name], "published weights go by their name; none are fetched"
+    older = [{name: value for name, value in asked.items() if not name.startswith("weights of")} for asked in before]
+    assert [differences(*pair) for pair in zip(older, now(), strict=True)] == [[], []]
+
+
+def test_weights_in_a_bucket_are_told_apart_by_what_it_says_of_them(s3: str, tiny_run: Run) -> None:
+    store = fsspec.filesystem("s3")
+    store.put(tiny_run.domain.clip, f"{s3}/weights-of/clip", recursive=True)
+    before = clip_fingerprint(f"{s3}/weights-of/clip")
+    assert before == clip_fingerprint(f"{s3}/weights-of/clip")
+    assert before
+    store.pipe_file(f"{s3}/weights-of/clip/open_clip_model.safetensors", b"others")
+    assert clip_fingerprint(f"{s3}/weights-of/clip") not in {before, None}
 
 
 def test_a_manifest_comes_back_equal_so_that_requests_can_be_compared(tiny_run: Run, tmp_path: Path) -> None:

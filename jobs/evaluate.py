@@ -41,11 +41,16 @@ def evaluate(
     """
     from jobs.progress import console
     from jobs.tables import score_table
+    from pipeline.config import ConfigError
+    from pipeline.standing import folders_at, unfinished
     from pipeline.summary import edit_folders, summarise
 
     refuse_idle(context, bool(edits))
     if edits:
-        summaries = [summarise(folder) for address in edits for folder in edit_folders(address)]
+        folders = [folder for address in edits for folder in edit_folders(address)]
+        if problems := unfinished(folder for address in edits for folder in folders_at(address)):
+            raise ConfigError(*problems)
+        summaries = [summarise(folder) for folder in folders]
         console.print(score_table(summaries))
         found = [edit_figures(s) for s in summaries]
         figures: dict[str, Any] = {"edits": found, **overall(found)}

@@ -28,10 +28,13 @@ def export(table: Table, out: Out, column: Column = None, limit: Limit = None, s
     from jobs.progress import console
     from pipeline.config import ConfigError
     from pipeline.export import picture_table
+    from pipeline.standing import folders_at, unfinished
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and is no empty folder; give a new one")
     chosen = [(folder, *picture_table(address, column)) for address, folder in tables(table, out)]
+    if problems := unfinished([*folders_at(table), *(record for _, found, _ in chosen for record in found.records)]):
+        raise ConfigError(*problems)
     for folder, found, name in chosen:
         written, without = write_all(folder, found, name, limit)
         console.print(f"{folder}: {written} pictures{f', {without} rows without one' if without else ''}", markup=False)

@@ -64,17 +64,24 @@ def of_run(run: Run, known: Sequence[str] = (), rows: int | None = None) -> Pros
     clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
     networks = _networks(run.domain, problems, clips=clips, identity=run.identity is not None)
     blocks = plan.blocks if plan else plan_blocks(found, run.resources.block_rows)
+    done = plan.done if plan and rows is None else Done()
     if plan and rows is None:
-        done, edits = plan.done, [output.edit for output in plan.pending if output.edit]
+        left, of_edits = [block.rows for block in plan.left], _left_of_edits(plan)
     else:
-        done, edits = Done(), list(run.edits)
-    left = [b.rows for b in blocks if b.start not in done.starts]
-    if rows is not None:
-        left = _cut(rows, max(run.resources.block_rows, blocks[0].rows))
+        left = [block.rows for block in blocks] if rows is None else _cut(rows, max(run.resources.block_rows, blocks[0].rows))
+        of_edits = [(edit, left) for edit in run.edits]
     seen = sample(found, blocks, run.domain.image_size, _factors(run.domain), run.resources.max_pixels)
-    calls = (0 if found.has_latents else run.recipe.calls_up) + sum(_calls_down(run, edit, plan) for edit in edits)
-    work = pass_work(left, run.resources.batch, calls, networks, (sum(bool(e.parts) for e in edits), len(edits)))
-    each = (0 if found.has_latents else seen.decoding) + len(edits) * (seen.encoding + seen.decoding + seen.scoring)
+    up, batch = 0 if found.has_latents else run.recipe.calls_up, run.resources.batch
+    calls = [_calls_down(run, edit, plan) for edit, _ in of_edits]
+    work = pass_work(left, batch, up, networks, (0, 0))
+    down = [pass_work(of, batch, n, networks, (int(bool(e.parts)), 1)) for (e, of), n in zip(of_edits, calls, strict=True)]
+    scoring = (seen.encoding + seen.decoding + seen.scoring) * sum(part.rows for part in down)
+    work = replace(
+        work,
+        calls=work.calls + sum(part.calls for part in down),
+        flops=work.flops + sum(part.flops for part in down),
+        cpu_seconds=scoring + (0 if found.has_latents else seen.decoding * work.rows),
+    )
     return Prospect(
         name="edit" if run.edits else "invert",
         domain=run.domain,
@@ -82,11 +89,11 @@ def of_run(run: Run, known: Sequence[str] = (), rows: int | None = None) -> Pros
         batch=run.resources.batch,
         rows=rows or found.rows,
         done=done.rows,
-        calls=calls,
+        calls=up + sum(calls),
         call_flops=networks.call,
-        work=replace(work, cpu_seconds=each * work.rows),
+        work=work,
         read=seen.read * work.rows,
-        written=_written(run, edits, seen, work.rows),
+        written=_written(run, of_edits, seen, work.rows),
         latents=None if run.edits else work.rows * 3 * run.domain.image_size**2 * 2,
         sample=seen,
         workers=run.resources.workers,
@@ -129,6 +136,12 @@ def _look(run: Run, problems: list[str], notes: list[str]) -> "tuple[Input, Plan
     return found, None
 
 
+def _left_of_edits(plan: "Plan") -> "list[tuple[Edit, list[int]]]":
+    """The edits that lack rows, each with the rows of the blocks that it lacks."""
+    lacking = [(o.edit, [b.rows for b in plan.blocks if b.start not in kept]) for o, kept in zip(plan.pending, plan.kept, strict=True)]
+    return [(edit, left) for edit, left in lacking if edit and left]
+
+
 def _cut(rows: int, block: int) -> list[int]:
     return [min(block, rows - start) for start in range(0, rows, block)]
 
@@ -150,11 +163,12 @@ def _calls_down(run: Run, edit: Edit, plan: "Plan | None") -> int:
     return run.recipe.calls_down * max(sum(weight != 0 for weight in row) for row in edit.weights.values())
 
 
-def _written(run: Run, edits: Sequence[Edit], seen: Sample, rows: int) -> dict[str, tuple[float, float]]:
+def _written(run: Run, edits: Sequence[tuple[Edit, list[int]]], seen: Sample, rows: int) -> dict[str, tuple[float, float]]:
     folder = public(run.output)
     if not run.edits:
         return {folder: (seen.latents * rows, seen.latents * rows)}
-    return {f"{folder.rstrip('/')}/{edit.name}": (seen.edits[0] * rows, seen.edits[1] * rows) for edit in edits}
+    least, likely = seen.edits
+    return {f"{folder.rstrip('/')}/{edit.name}": (least * sum(left), likely * sum(left)) for edit, left in edits}
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
@@ -196,6 +210,7 @@ def _latent_rows(runs: Sequence[TuneRun], problems: list[str], notes: list[str])
     """Latents that there are to train on, as many as are asked for where there are none yet; and what is not trained already."""
     from pipeline.config import Source
     from pipeline.sources import absolute, find
+    from pipeline.standing import unfinished
     from pipeline.tuning import make_tune_plan
 
     tuning, missing, left = runs[0].tuning, missing_weights(runs[0].domain), list(runs)
@@ -212,7 +227,9 @@ def _latent_rows(runs: Sequence[TuneRun], problems: list[str], notes: list[str])
     if len(left) < len(runs):
         notes.append(f"{len(runs) - len(left)} of {len(runs)} edit models are there from the same request")
     try:
-        return find(Source(path=absolute(runs[0].latents))).rows, left
+        found = find(Source(path=absolute(runs[0].latents)))
+        problems += unfinished(found.records)
+        return found.rows, left
     except ConfigError as error:
         problems += error.problems
         return tuning.images + tuning.held_out, left

@@ -45,6 +45,9 @@ def run_plan(plan: "Plan", name: str) -> "Report":
         console.print(f"note: {note}", markup=False)
     if plan.done.rows:
         console.print(f"{name}: {plan.done.rows} of {plan.found.rows} rows are there from an earlier run; going on with the others")
+    for output in plan.pending:
+        if (rows := plan.rows_kept(output)) > plan.done.rows:
+            console.print(f"{output.folder}: {rows} of {plan.found.rows} rows are there and are left as they are")
     with alone(output.folder for output in plan.pending), display(name, plan.found.rows, before=plan.done.rows) as shown:
         report = execute(plan, lambda now: shown.update(now.done, f"{now.rejected} rejected"))
     for output in plan.outputs:

@@ -5,6 +5,8 @@ OpenAI's own code (``ViT-B/16``), or a folder with ``open_clip_config.json`` and
 ``s3://...``. open_clip takes seconds to import, so only the functions that need it do.
 """
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fetching import file_of, first_in, names_in
+from models.fetching import file_of, first_in, names_in, version_of
 from models.references import WeightsError, absolute, inside
 
 OPENAI_NAMES = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
@@ -184,6 +186,19 @@ def check_clip(reference: str) -> None:
         _needed_of(reference)
 
 
+def clip_fingerprint(reference: str) -> str | None:
+    """16 hex digits of all files of a folder's CLIP, as ``version_of`` tells them; None for a published one, which goes by its name, and
+    where nothing can be told without fetching."""
+    reference = _reference(reference)
+    if not is_folder(reference):
+        return None
+    try:
+        versions = {name: version_of(inside(reference, name)) for name in _needed_of(reference)}
+    except WeightsError:
+        return None
+    return None if None in versions.values() else hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _hint(name: str, allowed: list[str]) -> str:
     by_lower = {a.lower(): a for a in allowed}
     near = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
@@ -276,7 +291,7 @@ def _files_of(folder: str) -> list[Path]:
 
 
 def _needed_of(folder: str) -> list[str]:
-    """Names of what open_clip needs of a remote folder: configuration, tokenizer, one file of weights."""
+    """Names of what open_clip needs of a folder: configuration, tokenizer, one file of weights."""
     names = names_in(folder)
     weights = [name for name in WEIGHTS if name in names]
     if CONFIG not in names or not weights:

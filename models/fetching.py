@@ -62,6 +62,21 @@ def check_file(reference: str | Path) -> None:
         _file_at(place)
 
 
+def version_of(reference: str | Path) -> str | None:
+    """16 hex digits that tell a file from another one at the same place, and fetch nothing of it: of its contents where they are here or
+    pinned, else of what its store says of it. None for the hub, whose files are published, and where nothing can be told."""
+    place = place_of(reference)
+    if place.sha256:
+        return place.sha256[:16]
+    with suppress(WeightsError):
+        if place.kind == "local":
+            return digest(_file_at(place))[:16]
+        if place.kind == "remote" and not offline():
+            said = json.dumps(stores.identity(place.path), sort_keys=True)
+            return hashlib.sha256(said.encode()).hexdigest()[:16]
+    return None
+
+
 def first_in(folder: str | Path, names: Iterable[str]) -> tuple[str, Path] | None:
     """The first of ``names`` that a folder has, and a local copy of it; None if it has none of them. Raises WeightsError if
     the folder does not exist, may not be read or cannot be reached, or if only its cache could be looked at, in vain."""

@@ -22,10 +22,11 @@ from pipeline.config import ConfigError, Source, versions
 from pipeline.faults import AGAIN, JobError, explained, from_bytes
 from pipeline.ids import check_ids
 from pipeline.isolation import Attempts, finish, last_line
-from pipeline.manifest import RUNNING, write_manifest
+from pipeline.manifest import FAILED, FINISHED, RUNNING, read_manifest, write_manifest
 from pipeline.plan import Plan, of_latents
 from pipeline.resume import clear, file_name
 from pipeline.sources import Block, Input, find, read_block
+from pipeline.standing import seconds_spent
 from pipeline.worker import Output, Worker, read_packed
 
 DEATHS = 3
@@ -101,23 +102,21 @@ def execute(plan: Plan, on_progress: Callable[[Report], None] = lambda report: N
     output's ids are not the input's."""
     started, done = time.monotonic(), plan.done
     report = Report(rows=plan.found.rows, done=done.rows, resumed=done.rows, reasons=Counter(done.reasons), batch=plan.run.resources.batch)
-    kept = {file_name(start) for start in done.starts}
-    for output in plan.pending:
+    before = {output.folder: 0.0 if plan.run.overwrite else seconds_spent(output.folder) for output in plan.pending}
+    for output, starts in zip(plan.pending, plan.kept, strict=True):
         with explained(f"{output.folder} cannot be written"):
-            clear(output.folder, kept.__contains__)
-            write_manifest(output.folder, _manifest(plan, output, report, RUNNING))
+            clear(output.folder, {file_name(start) for start in starts}.__contains__)
+            write_manifest(output.folder, _manifest(plan, output, report, RUNNING, before[output.folder]))
     on_progress(report)
-    left = [block for block in plan.blocks if block.start not in done.starts]
-    with closing(_receipts(plan, left)) as receipts:
+    with closing(_receipts(plan, plan.left)) as receipts:
         for receipt in receipts:
             report.add(receipt)
             report.seconds = time.monotonic() - started
             on_progress(report)
-    for output in plan.outputs:
-        audit(plan.input_ids, output.folder)
+    _audit_all(plan)
     for output in plan.pending:
         with explained(f"{output.folder} cannot be written"):
-            write_manifest(output.folder, _manifest(plan, output, report, "finished"))
+            write_manifest(output.folder, _manifest(plan, output, report, FINISHED, before[output.folder]))
     return report
 
 
@@ -134,7 +133,7 @@ def _receipts(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
             yield receipt
     if not left:
         return
-    attempts = Attempts(plan.run.resources, Worker, (plan.run, plan.pending, plan.found.has_latents), plan.found.shared)
+    attempts = Attempts(plan.run.resources, Worker, (plan.run, plan.writing, plan.found.has_latents), plan.found.shared)
     try:
         for block in left.values():
             yield finish(attempts, block)
@@ -155,7 +154,7 @@ def _pass(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
         rows, kind = (_read_ahead(plan.found.shared, blocks), Worker) if on_gpu else (_names(blocks), reading(Worker, plan.found.shared))
         receipts = rows.map_batches(
             kind,
-            fn_constructor_args=(run, plan.pending, plan.found.has_latents),
+            fn_constructor_args=(run, plan.writing, plan.found.has_latents),
             compute=_pool(min(run.resources.workers, len(blocks))),
             batch_size=1,
             batch_format="pyarrow",
@@ -220,6 +219,18 @@ def _pool(most: int) -> ray.data.ActorPoolStrategy:
     return ray.data.ActorPoolStrategy(min_size=1, initial_size=most, max_size=most)
 
 
+def _audit_all(plan: Plan) -> None:
+    """Audits every output; the record of one that fails says so, since nobody may go on with its rows."""
+    for output in plan.outputs:
+        try:
+            audit(plan.input_ids, output.folder)
+        except AuditError:
+            with explained(f"{output.folder} cannot be written"):
+                seconds = round(seconds_spent(output.folder), 2)
+                write_manifest(output.folder, {**read_manifest(output.folder), "state": FAILED, "seconds": seconds})
+            raise
+
+
 def audit(input_ids: np.ndarray, folder: str) -> None:
     """The hard gate: every input id (sorted hashes) stands in the output exactly once. Raises AuditError otherwise."""
     try:
@@ -234,7 +245,7 @@ def audit(input_ids: np.ndarray, folder: str) -> None:
         )
 
 
-def _manifest(plan: Plan, output: Output, report: Report, state: str) -> dict[str, Any]:
+def _manifest(plan: Plan, output: Output, report: Report, state: str, seconds_before: float) -> dict[str, Any]:
     run, edit = plan.run, output.edit
     return {
         "state": state,
@@ -251,11 +262,11 @@ def _manifest(plan: Plan, output: Output, report: Report, state: str) -> dict[st
         "ranges": edit.ranges if edit else None,
         "score_clip": public(run.clip) if edit and run.clip else None,
         "rows": report.rows,
-        "resumed_rows": report.resumed,
+        "resumed_rows": plan.rows_kept(output),
         "rejected": report.rejected,
         "reasons": dict(report.reasons.most_common(20)),
         "batch": report.batch,
         "model_calls_per_image": output.model_calls,
-        "seconds": round(report.seconds, 2),
+        "seconds": round(seconds_before + report.seconds, 2),
         "versions": versions(),
     }

@@ -13,6 +13,7 @@ from pipeline.config import ConfigError, Source
 from pipeline.faults import refused
 from pipeline.filters import condition
 from pipeline.inputs import Input, OnFile, below, side_by_side
+from pipeline.manifest import RECORD
 from pipeline.schema import MAX_PICTURE_BYTES, SUFFIXES
 
 
@@ -23,6 +24,8 @@ class _Listing:
     files: dict[str, dict[str, Any]]
     """All that are not hidden, sorted, with what their store says of them."""
     empty: bool
+    records: tuple[str, ...]
+    """As ``Input`` has them."""
 
     def ending(self, *suffixes: str) -> tuple[str, ...]:
         return tuple(file for file in self.files if file.lower().endswith(suffixes))
@@ -41,8 +44,14 @@ def _listing(path: str) -> _Listing:
             nothing = f"there is nothing at {public(path)}; give Parquet, tar or picture files, or a folder of one kind of them"
             raise ConfigError(nothing) from None
         everything = fs.find(root, detail=True) if fs.isdir(root) else {root: fs.info(root)}
-    visible = [f for f in sorted(everything) if f == root or not any(p.startswith(("_", ".")) for p in below(f, root).split("/"))]
-    return _Listing(fs=fs, root=root, files={file: everything[file] for file in visible}, empty=not everything)
+    visible = [f for f in sorted(everything) if f == root or not _hidden(below(f, root))]
+    inside = [below(f, root).removesuffix(RECORD) for f in sorted(everything) if f.rpartition("/")[2] == RECORD and f != root]
+    records = tuple(f"{path.rstrip('/')}/{folder}".rstrip("/") for folder in inside if not _hidden(folder))
+    return _Listing(fs=fs, root=root, files={file: everything[file] for file in visible}, empty=not everything, records=records)
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in path.split("/"))
 
 
 def find(source: Source, on_file: OnFile = lambda done, total: None) -> Input:
@@ -85,6 +94,7 @@ def _find_pictures(source: Source, there: _Listing, files: tuple[str, ...]) -> I
         counts=((1,),) * len(files),
         sizes=tuple((size if size <= MAX_PICTURE_BYTES else 0,) for size in sizes),
         columns=columns,
+        records=there.records,
     )
 
 
@@ -124,6 +134,7 @@ def _find_tars(source: Source, there: _Listing, files: tuple[str, ...], on_file:
         columns=columns,
         keys=tuple(tuple(found.keys) for found in contents),
         spans=tuple(tuple(found.spans) for found in contents),
+        records=there.records,
     )
 
 
@@ -139,7 +150,9 @@ def _find_tables(source: Source, there: _Listing, files: tuple[str, ...], on_fil
     constants = {file: parquet.constants_of(below(file, there.root), partitions) for file in files}
     if chosen and len(partitions):
         files = tuple(parquet.files_that_may_match(files, [constants[file] for file in files], chosen, columns))
-    empty = Input(source=source, kind="parquet", files=(), counts=(), sizes=(), columns=columns, partitions=partitions)
+    empty = Input(
+        source=source, kind="parquet", files=(), counts=(), sizes=(), columns=columns, partitions=partitions, records=there.records
+    )
     wanted = [name for name in (*empty.read_columns, *(chosen.columns if chosen else ())) if name in first.names]
 
     def look(file: str) -> parquet.Footer | str:

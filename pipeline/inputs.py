@@ -31,6 +31,8 @@ class Block:
     """Of tars: which bytes of each file."""
     size: int = 0
     """Bytes that they take in memory, as far as their files say."""
+    wanted: tuple[str, ...] = ()
+    """Folders of the outputs that lack them, where others of the same run have them; empty: all lack them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Input:
     """Of tars: the ids of each file's rows."""
     spans: tuple[tuple[tuple[int, int], ...], ...] = ()
     """Of tars: where each group of rows begins and ends."""
+    records: tuple[str, ...] = ()
+    """Folders at the address in which a run of this project has left its record."""
 
     @cached_property
     def rows(self) -> int:
@@ -92,7 +96,7 @@ class Input:
     @property
     def shared(self) -> "Input":
         """What all workers need of it: without what grows with the number of files, since a block names its own."""
-        return replace(self, files=(), counts=(), sizes=(), keys=(), spans=())
+        return replace(self, files=(), counts=(), sizes=(), keys=(), spans=(), records=())
 
     def constants(self, below: str) -> dict[str, pa.Scalar]:
         """The values of partition columns of the file with this path below the address."""

@@ -13,8 +13,8 @@ from models.stores import has_folders
 from pipeline.config import ConfigError
 
 RECORD = "_run.json"
-RUNNING = "running"
-"""The ``state`` of a manifest whose run has not come to its end."""
+RUNNING, FINISHED, FAILED = "running", "finished", "failed its audit"
+"""The ``state`` of a manifest: of a run that goes on or was stopped, of one whose rows are all there, of one whose ids are wrong."""
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -29,6 +29,11 @@ def read_manifest(folder: str) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ConfigError(f"{folder}/{RECORD} is damaged: it holds no JSON object")
     return manifest
+
+
+def is_finished(manifest: Mapping[str, Any]) -> bool:
+    """Whether the run came to its end and its ids were right; a record that does not say is taken for one that did."""
+    return bool(manifest.get("state", FINISHED) == FINISHED)
 
 
 def write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A pass over a dataset, checked before anything starts: its blocks, its outputs, and what an earlier run has left. No Ray here."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from pipeline.config import ConfigError, Edit, Run
 from pipeline.faults import refused
 from pipeline.ids import check_ids
 from pipeline.inputs import OnFile
-from pipeline.resume import Done, finished, nested, output_problems, request_of
+from pipeline.manifest import is_finished, read_manifest
+from pipeline.resume import Done, Kept, done_by_all, finished, nested, output_problems, request_of
 from pipeline.sources import Block, Input, absolute, block_problems, find, plan_blocks
+from pipeline.standing import unfinished
 from pipeline.worker import Output
 
 
@@ -28,14 +31,35 @@ class Plan:
     found: Input
     blocks: list[Block]
     done: Done
-    """What an earlier run of the same request has left."""
+    """What earlier runs of the same request have left: the blocks that all pending outputs have."""
     input_ids: np.ndarray
     """Sorted hashes of all input ids."""
     outputs: tuple[Output, ...]
     pending: tuple[Output, ...]
-    """Those that lack rows; the others are left as they are."""
+    """Those that lack rows, or whose run was stopped before its audit; the others are left as they are."""
+    kept: tuple[set[int], ...]
+    """Of each pending output the first rows of the blocks that it has; these are neither written again nor removed."""
     notes: tuple[str, ...] = ()
     """What a person should know of the request, though it is possible."""
+
+    @property
+    def left(self) -> list[Block]:
+        """The blocks that a pending output lacks, each with the outputs that do."""
+        lacking = [
+            (block, tuple(o.folder for o, kept in zip(self.pending, self.kept, strict=True) if block.start not in kept))
+            for block in self.blocks
+        ]
+        return [replace(b, wanted=wanted if len(wanted) < len(self.writing) else ()) for b, wanted in lacking if wanted]
+
+    @cached_property
+    def writing(self) -> tuple[Output, ...]:
+        """The pending outputs that lack rows: what workers need models for."""
+        return tuple(o for o, kept in zip(self.pending, self.kept, strict=True) if len(kept) < len(self.blocks))
+
+    def rows_kept(self, output: Output) -> int:
+        """Rows that a pending output has from earlier runs."""
+        kept = self.kept[self.pending.index(output)]
+        return sum(block.rows for block in self.blocks if block.start in kept)
 
     @property
     def model_calls(self) -> int:
@@ -62,24 +86,36 @@ def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnF
     if problems:
         raise ConfigError(*problems)
     outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
-    done, pending = Done(), outputs
     problems = block_problems(found, blocks)
     problems += [problem for output in outputs for problem in nested(run.source.path, output.folder)]
     problems += [problem for output in outputs for problem in output_problems(output.folder, output.request, run.overwrite)]
     if problems:
         raise ConfigError(*problems)
-    if not run.overwrite:
-        pending = tuple(o for o in outputs if len(finished(blocks, [o.folder], run.retry_rejects).starts) < len(blocks))
-        done = finished(blocks, [output.folder for output in pending or outputs], run.retry_rejects)
-    ids = check_ids(found, lambda rows: on_ids(rows, found.rows))
-    return Plan(run=run, found=found, blocks=blocks, done=done, input_ids=ids, outputs=outputs, pending=pending, notes=tuple(notes))
+    there: list[Kept] = [{} if run.overwrite else finished(blocks, output.folder, run.retry_rejects) for output in outputs]
+    settled = [not run.overwrite and len(kept) == len(blocks) and _is_settled(o) for o, kept in zip(outputs, there, strict=True)]
+    pending = [(output, kept) for output, kept, at_rest in zip(outputs, there, settled, strict=True) if not at_rest]
+    return Plan(
+        run=run,
+        found=found,
+        blocks=blocks,
+        done=done_by_all(blocks, [kept for _, kept in pending] or there),
+        input_ids=check_ids(found, lambda rows: on_ids(rows, found.rows)),
+        outputs=outputs,
+        pending=tuple(output for output, _ in pending),
+        kept=tuple(set(kept) for _, kept in pending),
+        notes=tuple(notes),
+    )
+
+
+def _is_settled(output: Output) -> bool:
+    return is_finished(read_manifest(output.folder))
 
 
 def problems_without_weights(run: Run, found: Input, write: bool) -> list[str]:
     """Of input, output and scores: what can be told without the weights of any diffusion model."""
     clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
     problems = network_weights_problems(clips, run.identity) if clips or run.identity else []  # it imports networks
-    return problems + _name_problems(run, found) + _output_problems(run, write)
+    return unfinished(found.records) + problems + _name_problems(run, found) + _output_problems(run, write)
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:

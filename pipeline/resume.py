@@ -9,10 +9,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from models.fetching import cache_folder
+from models.fetching import cache_folder, version_of
 from models.references import public
 from models.stores import make_folder
 from models.weights import fingerprint
@@ -35,6 +36,9 @@ OURS = re.compile(r"part-\d{12}\.parquet")
 """Names of output files; no other file is ever removed."""
 TEMPORARY = ".part-*.tmp"
 """What a process that was killed may leave behind."""
+WEIGHTS_OF, NUMBER_OF = "weights of ", "number of "
+"""Names in a request that begin so are compared only where both requests have them: weights are not fetched for that, records of
+earlier versions have none, and a place that changed has a name of its own."""
 _STAMPS = ("size", "ETag", "mtime", "LastModified")
 
 
@@ -49,6 +53,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     request: dict[str, Any] = {
         "input": public(found.source.path),
         "input files": digest(found),
+        f"{NUMBER_OF}input files": len(found.files),
         "id column": found.source.id_column,
         "image column": found.source.image_column,
         "limit": found.source.limit,
@@ -67,6 +72,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
             "ranges": edit.ranges,
             "score CLIP": run.clip and public(run.clip),
             "identity": run.identity and public(run.identity),
+            **_weights([run.clip] if edit.parts else [], [run.identity, run.domain.judge]),
         }
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back
@@ -77,18 +83,28 @@ def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
     request: dict[str, Any] = {
         "latents": public(found.source.path),
         "latents files": digest(found),
+        f"{NUMBER_OF}latents files": len(found.files),
         "base model": fingerprint(run.domain.weights),
         "attribute": run.attribute,
         "source text": run.source_text,
         "target text": run.target_text,
         "CLIPs": [public(clip) for clip in run.loss_clips],
         "identity": run.identity and public(run.identity),
+        **_weights(run.loss_clips, [run.identity]),
         "workers": run.workers,
         **{f"recipe {name}": value for name, value in run.recipe.to_dict().items()},
         **{f"tuning {name}": value for name, value in asdict(run.tuning).items()},
     }
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back
+
+
+def _weights(clips: Iterable[str | None], files: Iterable[str | Path | None]) -> dict[str, str]:
+    """What tells the weights at these places from others that could be there, as far as that is known without fetching them."""
+    from models.clip import clip_fingerprint  # slow to import
+
+    known = {str(clip): clip_fingerprint(clip) for clip in clips if clip} | {str(file): version_of(file) for file in files if file}
+    return {f"{WEIGHTS_OF}{public(place)}": version for place, version in known.items() if version}
 
 
 def digest(found: Input) -> str:
@@ -101,7 +117,8 @@ def digest(found: Input) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changed from one request to another, each with both values."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    compared = [name for name in {**before, **now} if not name.startswith((WEIGHTS_OF, NUMBER_OF)) or (name in before and name in now)]
+    names = [name for name in compared if before.get(name) != now.get(name)]
     return [f"{name} was {_said(before.get(name))}, now {_said(now.get(name))}" for name in names]
 
 
@@ -141,12 +158,16 @@ def output_problems(folder: str, request: Mapping[str, Any], overwrite: bool = F
     return [f"{folder} was made by another request ({'; '.join(changed)}); give another folder, or --overwrite"] if changed else []
 
 
+Kept = dict[int, list[str]]
+"""Of one output: first row of each block that it has whole, which names its file -> reasons of the rejects in it."""
+
+
 @dataclass(kw_only=True)
 class Done:
     """The blocks that every output has whole."""
 
     starts: set[int] = field(default_factory=set)
-    """First rows of these blocks, which name their files."""
+    """First rows of these blocks."""
     rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     """Of the rejects among them."""
@@ -157,24 +178,28 @@ def file_name(start: int) -> str:
     return f"part-{start:012d}.parquet"
 
 
-def finished(blocks: Iterable[Block], folders: Iterable[str], retry_rejects: bool) -> Done:
-    """Which blocks need not be computed again. With ``retry_rejects`` those with a reject in any output must be."""
-    places = [url_to_fs(folder) for folder in folders]
-    names = [set(_files(fs, root)) for fs, root in places]
-    candidates = [b for b in blocks if all(file_name(b.start) in there for there in names)]
-    done = Done()
+def finished(blocks: Iterable[Block], folder: str, retry_rejects: bool) -> Kept:
+    """The blocks that an output need not be given again. With ``retry_rejects`` those with a reject must be."""
+    fs, root = url_to_fs(folder)
+    names = set(_files(fs, root))
+    candidates = [b for b in blocks if file_name(b.start) in names]
 
-    def look(block: Block) -> list[list[str] | None]:
-        return [errors_in(fs, f"{root}/{file_name(block.start)}", block.rows) for fs, root in places]
+    def look(block: Block) -> list[str] | None:
+        return errors_in(fs, f"{root}/{file_name(block.start)}", block.rows)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for block, outputs in zip(candidates, pool.map(look, candidates), strict=True):
-            whole = [errors for errors in outputs if errors is not None]
-            if len(whole) < len(outputs) or (retry_rejects and any(whole)):
-                continue
+        looked = zip(candidates, pool.map(look, candidates), strict=True)
+        return {block.start: errors for block, errors in looked if errors is not None and not (retry_rejects and errors)}
+
+
+def done_by_all(blocks: Iterable[Block], outputs: Sequence[Kept]) -> Done:
+    """What no output needs any more; nothing where there are no outputs."""
+    done = Done()
+    for block in blocks:
+        if outputs and all(block.start in kept for kept in outputs):
             done.starts.add(block.start)
             done.rows += block.rows
-            done.reasons.update(whole[-1])
+            done.reasons.update(outputs[-1][block.start])
     return done
 
 

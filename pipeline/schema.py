@@ -19,6 +19,8 @@ ROW, BLOCK, UNREAD = "__row__", "__block__", "__unread__"
 """Position in the whole input of a row and of the first row of its block, which name output files, and why a picture was not read;
 never written."""
 HIDDEN = (ROW, BLOCK, UNREAD)
+WANTED = b"wanted"
+"""In the metadata of a block on its way: JSON of the folders of the outputs that lack it, empty if all do."""
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 EDIT = pa.schema([("edited", IMAGE), ("attribute", pa.string()), ("degree", pa.float32())])

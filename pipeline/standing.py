@@ -1,6 +1,7 @@
 """How far a run is, read from its output folder alone: while it runs, after it stopped, from any machine."""
 
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,9 +12,10 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from models.references import public
 from pipeline.config import ConfigError
 from pipeline.faults import refused
-from pipeline.manifest import RECORD, read_manifest
+from pipeline.manifest import FAILED, RECORD, RUNNING, is_finished, read_manifest
 from pipeline.resume import THREADS
 
 
@@ -23,7 +25,7 @@ class Standing:
 
     folder: str
     state: str
-    """``finished``, or ``running``, which a killed run is said to be too."""
+    """As in ``pipeline.manifest``; a killed run is said to be running too."""
     rows: int
     done: int
     reasons: Counter[str]
@@ -33,8 +35,9 @@ class Standing:
     latest: datetime | None
     """When the newest file was written."""
     resumed: int
+    """Rows among the done ones that runs before the latest had finished."""
     seconds: float | None
-    """Of a finished run."""
+    """Of a finished run, with all that went before it."""
 
     @property
     def left(self) -> int:
@@ -42,26 +45,57 @@ class Standing:
 
     @property
     def rate(self) -> float | None:
-        """Rows a second since the run started, up to its newest file; None where nothing can be said."""
+        """Rows a second: of a finished run over all its time, else since it was last started, up to its newest file. None where
+        nothing can be said."""
         seconds = self.seconds or ((self.latest - self.started).total_seconds() if self.latest else 0)
-        new = self.done - self.resumed
+        new = self.done if self.seconds else self.done - self.resumed
         return new / seconds if new > 0 and seconds > 0 else None
 
 
 def standings(address: str) -> list[Standing]:
     """Of the dataset at an address, or of all in the folders right below. Raises ConfigError if there is none."""
-    with refused(f"{address} cannot be opened"):
-        fs, root = url_to_fs(address)
-        if not fs.isdir(root):
-            raise ConfigError(f"there is no folder {address}; give one that invert or edit writes to")
-        below = sorted(
-            str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in fs.ls(root, detail=True) if entry["type"] == "directory"
-        )
-        folders = [address, *(f"{address.rstrip('/')}/{name}" for name in below)]
+    with refused(f"{public(address)} cannot be opened"):
+        folders = folders_at(address)
+        if not folders:
+            raise ConfigError(f"there is no folder {public(address)}; give one that invert or edit writes to")
         found = [(folder, manifest) for folder in folders if (manifest := read_manifest(folder))]
     if not found:
         raise ConfigError(f"{address} holds no {RECORD}, nor does a folder in it; give the output of invert or edit")
     return [_standing(folder, manifest) for folder, manifest in found]
+
+
+def folders_at(address: str) -> list[str]:
+    """The folder at an address and those right below it; none if it is no folder. Raises ConfigError if it cannot be opened."""
+    try:
+        fs, root = url_to_fs(address)
+        entries = fs.ls(root, detail=True) if fs.isdir(root) else None
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(f"{address} cannot be opened: {error}") from None
+    if entries is None:
+        return []
+    below = sorted(str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+    top = address.rstrip("/")
+    return [top, *(f"{top}/{name}" for name in below)]
+
+
+def unfinished(folders: Iterable[str]) -> list[str]:
+    """Why datasets may not be worked on: their runs have not come to an end, so that rows are missing, or ended with wrong ids; a
+    sentence for each. Folders without a record of a run are passed over."""
+    found = [(folder, read_manifest(folder)) for folder in dict.fromkeys(folders)]
+    return [_told(_standing(folder, manifest), manifest) for folder, manifest in found if not is_finished(manifest)]
+
+
+def _told(standing: Standing, manifest: dict[str, Any]) -> str:
+    command = f": {manifest['command']}" if manifest.get("command") else ""
+    if standing.state == FAILED:
+        return (
+            f"{standing.folder} failed its audit: its ids are not those of its input; give the command that made it again first, "
+            f"with --overwrite if it fails again{command}"
+        )
+    return (
+        f"{standing.folder} is not finished, {standing.left} of {standing.rows} rows are left; wait for its run, or, if that was stopped, "
+        f"give the same command again first{command}"
+    )
 
 
 def _standing(folder: str, manifest: dict[str, Any]) -> Standing:
@@ -82,8 +116,20 @@ def _standing(folder: str, manifest: dict[str, Any]) -> Standing:
         started=datetime.fromisoformat(manifest["updated"]) if "updated" in manifest else max(times, default=datetime.now(UTC)),
         latest=max(times, default=None),
         resumed=int(manifest.get("resumed_rows", 0)),
-        seconds=manifest.get("seconds") if manifest.get("state") == "finished" else None,
+        seconds=manifest.get("seconds") if is_finished(manifest) else None,
     )
+
+
+def seconds_spent(folder: str) -> float:
+    """By all runs that have written to a dataset; that of a run which did not come to its end counts up to its newest file."""
+    manifest = read_manifest(folder)
+    seconds = float(manifest.get("seconds") or 0)
+    if manifest.get("state") != RUNNING or "updated" not in manifest:
+        return seconds
+    fs, root = url_to_fs(folder)
+    times = [fs.modified(str(file)) for file in fs.glob(f"{root}/part-*.parquet")]
+    started = datetime.fromisoformat(manifest["updated"])
+    return seconds + max(0.0, (max(times, default=started) - started).total_seconds())
 
 
 def _read(fs: AbstractFileSystem, file: str) -> tuple[int, list[str]]:

@@ -21,7 +21,7 @@ from models.attributes import ATTRIBUTES
 from pipeline import schema
 from pipeline.config import ConfigError, Source
 from pipeline.faults import refused
-from pipeline.manifest import RUNNING, read_manifest
+from pipeline.manifest import is_finished, read_manifest
 from pipeline.sources import Input, find
 
 MAX_REJECTS = 50
@@ -130,7 +130,7 @@ def open_edits(folder: str) -> Input:
 def read_record(folder: str) -> dict[str, Any]:
     """What the run wrote about itself beside the rows; empty where it has not finished. Raises ConfigError if it is damaged."""
     manifest = read_manifest(folder)
-    return {} if manifest.get("state") == RUNNING else manifest
+    return manifest if is_finished(manifest) else {}
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

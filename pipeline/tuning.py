@@ -16,6 +16,7 @@ from pipeline.checks import absolute_tuning_weights, base_problems, latent_misma
 from pipeline.config import ConfigError, Source, TuneRun
 from pipeline.resume import differences, tuning_request
 from pipeline.sources import Input, absolute, find
+from pipeline.standing import unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ def make_tune_plan(run: TuneRun, write: bool = True) -> TunePlan:
         found = find(Source(path=run.latents))
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
+    problems += unfinished(found.records)
     if not found.has_latents:
         problems.append(f"{run.latents} holds no latents; make them with: diffusionclip invert {run.latents} LATENTS")
     else:

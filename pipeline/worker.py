@@ -3,6 +3,7 @@
 What goes wrong travels in the receipt: Ray drops blocks whose process died, and must not drop those that raised.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,10 +76,13 @@ class Worker:
         return receipt(start=start, rows=len(table), errors=errors, batch=self.batch)
 
     def compute(self, table: pa.Table, withheld: Mapping[int, str]) -> Iterator[tuple[Output, pa.Table]]:
-        """The rows of each output, one output after the other."""
+        """The rows of each output that lacks them, one output after the other."""
+        folders = wanted(table)
         rows = without(table.drop_columns([schema.ROW, schema.BLOCK]), withheld)
         latents = self.invert(rows) if self.invert else rows
         for output, stages in self.chains:
+            if folders and output.folder not in folders:
+                continue
             done = latents
             for stage in stages:
                 done = stage(done)
@@ -155,7 +159,13 @@ def read(found: Input, block: Block) -> pa.Table:
     """The rows of a block. Raises JobError that names its files if they cannot be read."""
     more = f" and {len(block.files) - 1} more" if len(block.files) > 1 else ""
     with explained(f"{block.files[0]}{more} cannot be read"):
-        return read_block(found, block)
+        table = read_block(found, block)
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), schema.WANTED: json.dumps(block.wanted)})
+
+
+def wanted(table: pa.Table) -> list[str]:
+    """Folders of the outputs that lack a block that was read; empty if all do."""
+    return list(json.loads((table.schema.metadata or {}).get(schema.WANTED, b"[]")))
 
 
 def pack(table: pa.Table) -> pa.Table:

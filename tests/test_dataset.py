@@ -12,6 +12,8 @@ import pytest
 from pipeline import schema
 from pipeline.codec import latents_to_arrow
 from pipeline.config import Source
+from pipeline.dataset import AuditError, audit
+from pipeline.ids import check_ids
 from pipeline.sources import find, plan_blocks, read_block
 from pipeline.worker import pack, unpack, write_file
 
@@ -37,7 +39,7 @@ ray.init("local", num_cpus=cpus, num_gpus=1, include_dashboard=False, log_to_dri
 found = find(Source(path=sys.argv[1]))
 blocks = plan_blocks(found, 4)
 run = SimpleNamespace(resources=Resources(workers=2, gpus=float(sys.argv[2]), cpus=0.5))
-plan = SimpleNamespace(run=run, found=found, pending=())
+plan = SimpleNamespace(run=run, found=found, writing=())
 receipts = list(dataset._receipts(plan, blocks))
 print(sorted(n for r in receipts for n in r["rows"].to_pylist()) == sorted(b.rows for b in blocks), len(blocks))
 """
@@ -84,6 +86,25 @@ def test_the_users_columns_of_every_kind_are_in_the_output_file_as_they_were_in_
     for name, column in user_columns().items():
         assert written[name].to_pylist() == column.to_pylist(), name
         assert written.schema.field(name).type == given.schema.field(name).type, name
+
+
+def test_ids_that_are_lost_doubled_or_foreign_fail_the_audit(tmp_path: Path) -> None:
+    def part(start: int, *names: str) -> None:
+        write_file(str(tmp_path), f"part-{start:012d}.parquet", pa.table({"id": names, "image": [b"x"] * len(names)}))
+
+    part(0, "a", "b")
+    part(2, "c", "d")
+    wanted = check_ids(find(Source(path=str(tmp_path))))
+    audit(wanted, str(tmp_path))
+    part(2, "c")
+    with pytest.raises(AuditError, match="1 input ids are missing and 0 ids are not of the input"):
+        audit(wanted, str(tmp_path))
+    part(2, "c", "a")
+    with pytest.raises(AuditError, match=r"ids must be unique, but column 'id' has 'a' \(2 times\)"):
+        audit(wanted, str(tmp_path))
+    part(2, "c", "x")
+    with pytest.raises(AuditError, match="1 input ids are missing and 1 ids are not of the input"):
+        audit(wanted, str(tmp_path))
 
 
 def test_row_groups_hold_at_most_100_pictures_however_many_rows_a_file_has(tmp_path: Path) -> None:

@@ -68,13 +68,14 @@ def compute(run: Run, blocks: int) -> tuple[int, int]:
     try:
         for output in plan.pending:
             clear(output.folder, lambda name: True)
-        worker = Worker(run, plan.pending, plan.found.has_latents)
-        for block in [b for b in plan.blocks if b.start not in plan.done.starts][:blocks]:
+        worker = Worker(run, plan.writing, plan.found.has_latents)
+        for block in plan.left[:blocks]:
             worker(read_packed(plan.found, block))
     finally:
         handle.remove()
     for output in plan.pending:
-        write_manifest(output.folder, {"state": "running", "request": output.request})
+        state = "finished" if len(plan.left) <= blocks else "running"
+        write_manifest(output.folder, {"state": state, "request": output.request})
     return seen, sum(file.stat().st_size for output in plan.pending for file in Path(output.folder).glob("*.parquet"))
 
 
@@ -110,6 +111,14 @@ def test_a_plan_is_what_the_run_then_does_and_counts_only_what_is_left(told: Tol
     low, likely = foretold["bytes"]["written"][str(edits / "glasses")]
     assert low < written * FACTOR
     assert written / FACTOR < likely < written * FACTOR
+    # Another edit beside one that has two of three blocks.
+    compute(request(latents, tmp_path / "two", "glasses"), 2)
+    foretold = told(
+        *("edit", latents, tmp_path / "two", "-a", "glasses", "-a", "none", "--steps-down", "3", "--batch", "5", "--block-rows", "8")
+    )
+    assert foretold["model_calls"]["all"] == 3 * (10 + 30)  # batches of 5 are filled up
+    computed, _ = compute(request(latents, tmp_path / "two", "glasses", "none"), 3)
+    assert computed == foretold["model_calls"]["all"]
     assert not ray.is_initialized()
 
 

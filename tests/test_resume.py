@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,26 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TinyDomain, TinyEdit
 from test_end_to_end import PIXELFACE, TINY, run
+from tiny import save_clip
 
-from models.recipe import Recipe
+from models.clip import clip_fingerprint
+from models.recipe import Recipe, Tuning
 from pipeline import schema
-from pipeline.config import ConfigError, Edit, Resources, Run, Source
-from pipeline.manifest import RECORD, read_manifest, write_manifest
-from pipeline.resume import alone, clear, differences, errors_in, file_name, finished, nested, output_problems, request_of
+from pipeline.config import ConfigError, Edit, Resources, Run, Source, TuneRun
+from pipeline.manifest import FAILED, RECORD, read_manifest, write_manifest
+from pipeline.resume import (
+    alone,
+    clear,
+    differences,
+    done_by_all,
+    errors_in,
+    file_name,
+    finished,
+    nested,
+    output_problems,
+    request_of,
+    tuning_request,
+)
 from pipeline.sources import find, plan_blocks
 
 # ---- the request -----------------------------------------------------------------------------------------------------
@@ -70,6 +85,8 @@ def test_other_contents_of_the_input_under_the_same_names_are_another_request(ti
     file = Path(tiny_run.source.path, "3.png")
     file.write_bytes(file.read_bytes() + b" ")
     assert [change.split(" was ")[0] for change in differences(before, request(tiny_run))] == ["input files"]
+    file.unlink()
+    assert "number of input files was 6, now 5" in differences(before, request(tiny_run))
 
 
 def test_another_edit_model_of_the_same_name_is_another_request(tiny_run: Run, tiny_edit: TinyEdit) -> None:
@@ -79,6 +96,54 @@ def test_another_edit_model_of_the_same_name_is_another_request(tiny_run: Run, t
     other = replace(part, file=tiny_edit(tiny_run.domain, "sad").file)
     assert [change.split(" was ")[0] for change in differences(before, request(tiny_run, Edit(parts=(other,))))] == ["edit"]
     assert differences(before, request(tiny_run, Edit(parts=(part,), degree=0.5))) == ["degree was 1.0, now 0.5"]
+
+
+def test_other_weights_at_the_same_place_are_another_request(
+    tiny_run: Run, tiny_edit: TinyEdit, face_weights: Path, tmp_path: Path
+) -> None:
+    clip, faces = tmp_path / "clip", tmp_path / "faces.safetensors"
+    shutil.copytree(tiny_run.domain.clip, clip)
+    shutil.copy(face_weights, faces)
+    run, edit = replace(tiny_run, score_clip=str(clip), identity=str(faces)), Edit(parts=(tiny_edit(tiny_run.domain, "smiling"),))
+    tune = TuneRun(
+        latents=run.source.path,
+        output=tmp_path / "models",
+        domain=run.domain,
+        attribute="smiling",
+        source_text="face",
+        target_text="smiling face",
+        recipe=run.recipe,
+        tuning=Tuning(),
+        clips=(str(clip), "ViT-B-16/openai"),
+        identity=str(faces),
+    )
+
+    def now() -> list[dict[str, Any]]:
+        return [request(run, edit), tuning_request(tune, find(run.source))]
+
+    def changed() -> list[list[str]]:
+        return [[change.split(" was ")[0] for change in differences(*pair)] for pair in zip(before, now(), strict=True)]
+
+    before = now()
+    assert changed() == [[], []]
+    shutil.rmtree(clip)
+    save_clip(clip, seed=2)
+    assert changed() == [[f"weights of {clip}"]] * 2
+    faces.write_bytes(face_weights.read_bytes()[:-1] + b"x")
+    assert changed() == [[f"weights of {clip}", f"weights of {faces}"]] * 2
+    assert not [name for asked in now() for name in asked if "openai" in name], "published weights go by their name; none are fetched"
+    older = [{name: value for name, value in asked.items() if not name.startswith("weights of")} for asked in before]
+    assert [differences(*pair) for pair in zip(older, now(), strict=True)] == [[], []]
+
+
+def test_weights_in_a_bucket_are_told_apart_by_what_it_says_of_them(s3: str, tiny_run: Run) -> None:
+    store = fsspec.filesystem("s3")
+    store.put(tiny_run.domain.clip, f"{s3}/weights-of/clip", recursive=True)
+    before = clip_fingerprint(f"{s3}/weights-of/clip")
+    assert before == clip_fingerprint(f"{s3}/weights-of/clip")
+    assert before
+    store.pipe_file(f"{s3}/weights-of/clip/open_clip_model.safetensors", b"others")
+    assert clip_fingerprint(f"{s3}/weights-of/clip") not in {before, None}
 
 
 def test_a_manifest_comes_back_equal_so_that_requests_can_be_compared(tiny_run: Run, tmp_path: Path) -> None:
@@ -128,15 +193,17 @@ def test_a_block_is_done_when_every_output_has_it_whole(tiny_run: Run, tmp_path:
     cut = write(two, 2, [None, None])
     cut.write_bytes(cut.read_bytes()[:-20])
     write(two, 4, [None])  # fewer rows than the block has
-    done = finished(blocks(tiny_run), [str(one), str(two)], retry_rejects=False)
+    kept = [finished(blocks(tiny_run), str(folder), retry_rejects=False) for folder in (one, two)]
+    assert kept == [{start: ["broken"] for start in (0, 2, 4)}, {0: ["broken"]}]
+    done = done_by_all(blocks(tiny_run), kept)
     assert (done.starts, done.rows, dict(done.reasons)) == ({0}, 2, {"broken": 1})
 
 
 def test_blocks_with_rejects_are_computed_again_if_asked_for(tiny_run: Run, tmp_path: Path) -> None:
     write(tmp_path / "one", 0, [None, None])
     write(tmp_path / "one", 2, [None, "broken"])
-    assert finished(blocks(tiny_run), [str(tmp_path / "one")], retry_rejects=False).starts == {0, 2}
-    assert finished(blocks(tiny_run), [str(tmp_path / "one")], retry_rejects=True).starts == {0}
+    assert finished(blocks(tiny_run), str(tmp_path / "one"), retry_rejects=False) == {0: [], 2: ["broken"]}
+    assert finished(blocks(tiny_run), str(tmp_path / "one"), retry_rejects=True) == {0: []}
 
 
 def test_rows_of_something_else_are_never_taken_for_ones_own(tiny_run: Run, tmp_path: Path) -> None:
@@ -230,12 +297,13 @@ def test_a_run_that_was_killed_goes_on_to_the_same_pixels_and_computes_nothing_t
         os.killpg(process.pid, signal.SIGKILL)
     assert json.loads((tmp_path / "cut" / "glasses" / RECORD).read_text())["state"] == "running"
     there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "glasses").glob("part-*.parquet")}
+    assert "glasses is not finished" in run("evaluate", str(tmp_path / "cut"), status=2).stderr
     done = run(*words)
     assert "rows are there from an earlier run" in done.stdout
     for name in ("none", "glasses"):
         assert rows(tmp_path / "cut" / name) == rows(whole / name)
     same = [name for name, time in there.items() if (tmp_path / "cut" / "glasses" / name).stat().st_mtime_ns == time]
-    assert len(same) >= len(there) - 1  # the other folder may have lacked the last block
+    assert len(same) == len(there)
     manifest = json.loads((tmp_path / "cut" / "glasses" / RECORD).read_text())
     assert (manifest["state"], manifest["rows"]) == ("finished", 24)
     assert manifest["resumed_rows"] >= 4
@@ -254,6 +322,51 @@ def test_a_further_attribute_leaves_the_finished_ones_alone(source: Path, whole:
     run("edit", str(source), str(whole), "-a", "none", "-a", "glasses", "-a", "sad", *TINY, *ROWS, "--steps-down", "3")
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert len(rows(whole / "sad")) == 24
+
+
+def test_what_is_done_of_one_attribute_stays_when_others_are_asked_for_with_it(source: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "glasses", tmp_path / "glasses")
+    (tmp_path / "glasses" / file_name(8)).unlink()
+    manifest = read_manifest(str(tmp_path / "glasses"))
+    write_manifest(str(tmp_path / "glasses"), manifest | {"state": "running", "seconds": 1000.0})  # as if it had been killed just now
+    there = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("part-*.parquet")}
+    words = ["edit", str(source), str(tmp_path), "-a", "glasses", "-a", "none", *TINY, *ROWS, "--steps-down", "3"]
+    assert "20 of 24 rows are there and are left as they are" in " ".join(run(*words).stdout.split())
+    assert len(there) == 5
+    assert {p: p.stat().st_mtime_ns for p in there} == there
+    for name in ("none", "glasses"):
+        assert rows(tmp_path / name) == rows(whole / name)
+    first, other = (read_manifest(str(tmp_path / name)) for name in ("glasses", "none"))
+    assert (first["state"], first["resumed_rows"], other["resumed_rows"]) == ("finished", 20, 0)
+    assert first["seconds"] > 1000 > other["seconds"]
+
+
+LOSING = """
+from pathlib import Path
+from jobs import cli
+from pipeline import dataset
+
+audit = dataset.audit
+
+def after_a_loss(input_ids, folder):
+    Path(folder, "part-000000000004.parquet").unlink()
+    audit(input_ids, folder)
+
+dataset.audit = after_a_loss
+cli.main()
+"""
+
+
+def test_a_file_lost_before_the_audit_ends_the_job_with_status_1_and_the_same_command_mends_it(source: Path, tmp_path: Path) -> None:
+    words = ["invert", str(source), str(tmp_path / "latents"), *TINY, *ROWS]
+    lost = subprocess.run([sys.executable, "-c", LOSING, *words], capture_output=True, text=True, timeout=280, check=False)
+    assert lost.returncode == 1
+    assert "latents: 4 input ids are missing and 0 ids are not of the input; run again" in lost.stderr
+    assert read_manifest(str(tmp_path / "latents"))["state"] == FAILED
+    assert "latents failed its audit" in run("edit", str(tmp_path / "latents"), str(tmp_path / "edits"), "-a", "none", status=2).stderr
+    assert "20 of 24 rows are there" in run(*words).stdout
+    assert read_manifest(str(tmp_path / "latents"))["state"] == "finished"
+    assert len(pq.read_table(tmp_path / "latents")) == 24
 
 
 def test_in_a_bucket_a_run_goes_on_with_what_is_missing_too(source: Path, s3: str) -> None:

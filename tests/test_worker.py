@@ -12,7 +12,9 @@ from conftest import TinyDomain, TinyEdit
 
 from pipeline.config import Edit, Resources, Run, Source
 from pipeline.faults import from_bytes
+from pipeline.manifest import write_manifest
 from pipeline.plan import make_plan
+from pipeline.resume import clear
 from pipeline.sources import Block
 from pipeline.worker import Worker, pack, read, read_packed, unpack, write_file
 
@@ -45,6 +47,30 @@ def computed(run: Run, withheld: dict[int, str], change: Callable[[Worker], obje
     change(worker)
     ((_, done),) = worker.compute(read(plan.found, plan.blocks[0]), withheld)
     return done.to_pylist()
+
+
+def test_only_the_edits_that_lack_a_block_are_computed_and_written(edit_run: Run) -> None:
+    plain = Edit()
+    run = replace(edit_run, edits=(*edit_run.edits, plain), resources=replace(edit_run.resources, block_rows=2))
+    first = make_plan(replace(run, edits=edit_run.edits))
+    for output in make_plan(run).outputs:  # as a run that is killed leaves them
+        clear(output.folder, lambda name: True)
+        write_manifest(output.folder, {"state": "running", "request": output.request})
+    smiling = Worker(first.run, first.writing, False)
+    for block in first.left[:2]:
+        smiling.finish(read(first.found, block))
+    there = {file: file.stat().st_mtime_ns for file in Path(run.output).rglob("*.parquet")}
+    plan = make_plan(run)
+    assert [block.wanted for block in plan.left] == [(f"{run.output}/none",)] * 2 + [()]
+    assert ([plan.rows_kept(output) for output in plan.pending], plan.done.rows) == ([4, 0], 0)
+    worker = Worker(plan.run, plan.writing, False)
+    names = [[output.edit.name for output, _ in worker.compute(read(plan.found, block), {}) if output.edit] for block in plan.left]
+    assert names == [["none"], ["none"], ["smiling", "none"]]
+    for block in plan.left:
+        assert worker(read_packed(plan.found, block))["failure"].to_pylist() == [None]
+    assert {file: file.stat().st_mtime_ns for file in there} == there
+    after = make_plan(run)
+    assert (after.left, after.writing, len(after.pending)) == ([], (), 2)  # all rows are there, and both records are still to be closed
 
 
 @pytest.mark.parametrize("from_latents", [False, True])

@@ -52,6 +52,8 @@ class Input:
     """Of tars: the ids of each file's rows."""
     spans: tuple[tuple[tuple[int, int], ...], ...] = ()
     """Of tars: where each group of rows begins and ends."""
+    digest: str = ""
+    """Of the names, sizes and versions of all files, as far as their store tells."""
 
     @cached_property
     def rows(self) -> int:

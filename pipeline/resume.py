@@ -34,7 +34,6 @@ OURS = re.compile(r"part-\d{12}\.parquet")
 """Names of output files; no other file is ever removed."""
 TEMPORARY = ".part-*.tmp"
 """What a process that was killed may leave behind."""
-_STAMPS = ("size", "ETag", "mtime", "LastModified")
 
 
 # ---- the request -----------------------------------------------------------------------------------------------------
@@ -47,7 +46,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     """
     request: dict[str, Any] = {
         "input": public(found.source.path),
-        "input files": digest(found),
+        "input files": found.digest,
         "id column": found.source.id_column,
         "image column": found.source.image_column,
         "limit": found.source.limit,
@@ -75,7 +74,7 @@ def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
     """The same for the weights of an edit model. How many workers share the images is among it, GPUs and CPUs are not."""
     request: dict[str, Any] = {
         "latents": public(found.source.path),
-        "latents files": digest(found),
+        "latents files": found.digest,
         "base model": fingerprint(run.domain.weights),
         "attribute": run.attribute,
         "source text": run.source_text,
@@ -88,14 +87,6 @@ def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
     }
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back
-
-
-def digest(found: Input) -> str:
-    """Of the names, sizes and versions of all input files, as far as their store tells."""
-    fs, root = url_to_fs(found.source.path)
-    known = fs.find(root, detail=True) if fs.isdir(root) else {root: fs.info(root)}
-    listed = [[file, *(str(known.get(file, {}).get(name)) for name in _STAMPS)] for file in found.files]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

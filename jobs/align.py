@@ -1,6 +1,5 @@
 """``diffusionclip align``: photographs -> faces cut out as CelebA-HQ and FFHQ were, as an images table."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -183,11 +182,7 @@ def aligned_columns(found: "Input", size: int) -> "pa.Schema":
 
     kept = [field.remove_metadata() for field in found.user_columns]
     columns = [pa.field("id", pa.string()), pa.field("image", schema.IMAGE), *kept, pa.field(ERROR, pa.string())]
-    metadata = {"diffusionclip": json.dumps({"version": schema.VERSION, "kind": "aligned faces", "size": size})}
-    features = {field.name: schema.feature(field.type) for field in columns}
-    if all(features.values()):
-        metadata["huggingface"] = json.dumps({"info": {"features": features}})
-    return pa.schema(columns, metadata)
+    return schema.with_metadata(columns, found.user_columns, {"kind": "aligned faces", "size": size})
 
 
 def _clear(output: str) -> None:

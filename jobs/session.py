@@ -28,7 +28,7 @@ def ray_session(address: str | None = None, verbose: bool = False) -> Iterator[N
         ray.init(address=address, logging_level=level, log_to_driver=verbose, runtime_env=environment)
     else:
         cpus = (os.cpu_count() or 1) + 2
-        with _silent(not verbose):
+        with _silent(not verbose), _on_loopback():
             # "local": without it, Ray connects to any other Ray that somebody started on this machine.
             ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
     DataContext.get_current().enable_progress_bars = verbose
@@ -71,6 +71,28 @@ def side_by_side(address: str | None, wanted: int, cpus: float, reading: float) 
 def is_cluster(address: str | None) -> bool:
     """Whether Ray is one that somebody else started."""
     return bool(address or os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1 alone, with all its processes, also those that it starts later.
+
+    Ray's own switch for it is meant for desktops, whose firewalls ask about every program that listens, and works on Linux too. Each
+    process reads it when it imports Ray, which this one may have done; afterwards it is as before, since with it no cluster can be joined.
+    """
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    asked, allowed = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = allowed
+        if asked is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = asked
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Looking at an address: which kind of input it is, its columns and counts, and why it cannot be used."""
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +18,9 @@ from pipeline.inputs import Input, OnFile, below, side_by_side
 from pipeline.manifest import RECORD
 from pipeline.schema import MAX_PICTURE_BYTES, SUFFIXES
 
+_STAMPS = ("size", "ETag", "mtime", "LastModified")
+"""What stores say of a file that changes with it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Listing:
@@ -29,6 +34,11 @@ class _Listing:
 
     def ending(self, *suffixes: str) -> tuple[str, ...]:
         return tuple(file for file in self.files if file.lower().endswith(suffixes))
+
+    def digest(self, files: tuple[str, ...]) -> str:
+        """Of the names, sizes and versions of files, without asking their store again: a listing of many takes a while."""
+        listed = [[file, *(str(self.files[file].get(name)) for name in _STAMPS)] for file in files]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def _listing(path: str) -> _Listing:
@@ -57,6 +67,11 @@ def _hidden(path: str) -> bool:
 def find(source: Source, on_file: OnFile = lambda done, total: None) -> Input:
     """Looks at an address without reading a picture. Raises ConfigError that says what is there instead."""
     there = _listing(source.path)
+    found = _find(source, there, on_file)
+    return replace(found, digest=there.digest(found.files))
+
+
+def _find(source: Source, there: _Listing, on_file: OnFile) -> Input:
     kinds = {"Parquet files": there.ending(".parquet"), "tars": there.ending(".tar"), "pictures": there.ending(*SUFFIXES)}
     if len([files for files in kinds.values() if files]) > 1:
         counted = " and ".join(f"{len(files)} {kind}" for kind, files in kinds.items() if files)

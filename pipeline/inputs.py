@@ -56,6 +56,8 @@ class Input:
     """Of tars: where each group of rows begins and ends."""
     records: tuple[str, ...] = ()
     """Folders at the address in which a run of this project has left its record."""
+    digest: str = ""
+    """Of the names, sizes and versions of all files, as far as their store tells."""
 
     @cached_property
     def rows(self) -> int:
@@ -72,11 +74,13 @@ class Input:
 
     @cached_property
     def user_columns(self) -> pa.Schema:
-        """What passes through unchanged: every column but the id, the image, those that the project made, and unwanted ones."""
+        """What passes through unchanged: every column but the id, the image, those that the project made, and unwanted ones; with what
+        the input's metadata say of them."""
         made = schema.own_columns("latents") if self.has_latents else ()
         known = {self.source.id_column, self.source.image_column, *made}
         kept = self.source.columns
-        return pa.schema([f for f in self.columns if f.name not in known and (kept is None or f.name in kept)])
+        wanted = [f for f in self.columns if f.name not in known and (kept is None or f.name in kept)]
+        return pa.schema(wanted, self.columns.metadata)
 
     @property
     def leading(self) -> tuple[str, ...]:

@@ -39,7 +39,6 @@ TEMPORARY = ".part-*.tmp"
 WEIGHTS_OF, NUMBER_OF = "weights of ", "number of "
 """Names in a request that begin so are compared only where both requests have them: weights are not fetched for that, records of
 earlier versions have none, and a place that changed has a name of its own."""
-_STAMPS = ("size", "ETag", "mtime", "LastModified")
 
 
 # ---- the request -----------------------------------------------------------------------------------------------------
@@ -52,7 +51,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     """
     request: dict[str, Any] = {
         "input": public(found.source.path),
-        "input files": digest(found),
+        "input files": found.digest,
         f"{NUMBER_OF}input files": len(found.files),
         "id column": found.source.id_column,
         "image column": found.source.image_column,
@@ -82,7 +81,7 @@ def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
     """The same for the weights of an edit model. How many workers share the images is among it, GPUs and CPUs are not."""
     request: dict[str, Any] = {
         "latents": public(found.source.path),
-        "latents files": digest(found),
+        "latents files": found.digest,
         f"{NUMBER_OF}latents files": len(found.files),
         "base model": fingerprint(run.domain.weights),
         "attribute": run.attribute,
@@ -105,14 +104,6 @@ def _weights(clips: Iterable[str | None], files: Iterable[str | Path | None]) ->
 
     known = {str(clip): clip_fingerprint(clip) for clip in clips if clip} | {str(file): version_of(file) for file in files if file}
     return {f"{WEIGHTS_OF}{public(place)}": version for place, version in known.items() if version}
-
-
-def digest(found: Input) -> str:
-    """Of the names, sizes and versions of all input files, as far as their store tells."""
-    fs, root = url_to_fs(found.source.path)
-    known = fs.find(root, detail=True) if fs.isdir(root) else {root: fs.info(root)}
-    listed = [[file, *(str(known.get(file, {}).get(name)) for name in _STAMPS)] for file in found.files]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

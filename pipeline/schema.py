@@ -53,25 +53,37 @@ def own_columns(kind: str) -> tuple[str, ...]:
 def latents_schema(user: pa.Schema, size: int, about: Mapping[str, Any]) -> pa.Schema:
     """Of a latents table: id, image, the user's columns, latent, error; ``about`` becomes metadata."""
     columns = [*_leading(user), pa.field("latent", latent_type(size)), pa.field("error", pa.string())]
-    return _with_metadata(columns, {"kind": "latents", "latent_shape": [3, size, size], **about})
+    return with_metadata(columns, user, {"kind": "latents", "latent_shape": [3, size, size], **about})
 
 
 def edits_schema(user: pa.Schema, factors: Sequence[str], about: Mapping[str, Any], identity: bool = False) -> pa.Schema:
     """Of an edits table: id, image (the source), edited, attribute, degree, scores, the user's columns, error."""
     columns = [*_leading(user), *EDIT, *scores_schema(factors, identity), pa.field("error", pa.string())]
-    return _with_metadata(columns, {"kind": "edits", **about})
+    return with_metadata(columns, user, {"kind": "edits", **about})
 
 
 def _leading(user: pa.Schema) -> list[pa.Field]:
     return [pa.field("id", pa.string()), pa.field("image", IMAGE), *(f.remove_metadata() for f in user)]
 
 
-def _with_metadata(columns: Sequence[pa.Field], about: Mapping[str, Any]) -> pa.Schema:
-    features = {f.name: feature(f.type) for f in columns}
+def with_metadata(columns: Sequence[pa.Field], user: pa.Schema, about: Mapping[str, Any]) -> pa.Schema:
+    """``columns`` with ``about`` and the Hugging Face features of all: of the ``user``'s columns as the input declared them, because
+    names of classes and kinds of media are in no Arrow type."""
+    declared = declared_features(user)
+    features = {f.name: declared.get(f.name) or feature(f.type) for f in columns}
     metadata: dict[str, str] = {"diffusionclip": json.dumps({"version": VERSION, **about})}
     if all(features.values()):  # a type that Hugging Face datasets has no name for: let it infer all
         metadata["huggingface"] = json.dumps({"info": {"features": features}})
     return pa.schema(columns, metadata)
+
+
+def declared_features(columns: pa.Schema) -> dict[str, Any]:
+    """The Hugging Face features of columns as their metadata has them; none where it is missing or no such metadata."""
+    try:
+        features = json.loads((columns.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: features[name] for name in columns.names if name in features}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 _DTYPES = {

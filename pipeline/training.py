@@ -23,6 +23,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import Checkpoint, ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -270,7 +271,8 @@ def fit(plan: TunePlan, journal: Any) -> Tuned:
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     rows = [block for block in plan_blocks(plan.found, 64) if block.start < wanted * 2]
     dataset = block_dataset(plan.found, rows).map_batches(only_usable, batch_format="pyarrow").limit(wanted)
-    trainer = TorchTrainer(
+    # A worker alone has nobody to agree with, and what workers agree through listens on all interfaces.
+    trainer = (TorchTrainer if run.workers > 1 else DataParallelTrainer)(
         train_loop,
         train_loop_config={"run": run, "journal": journal},
         scaling_config=ScalingConfig(

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,24 @@ def run(*words: str, status: int = 0, limit: float = 280) -> subprocess.Complete
     done = subprocess.run([sys.executable, "-m", "jobs.cli", *words], capture_output=True, text=True, timeout=limit)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def run_watched(*words: str) -> set[tuple[str, str]]:
+    """What listened, and at which address, while a command ran: of it and of all processes below it."""
+    heard: set[tuple[str, str]] = set()
+    with subprocess.Popen([sys.executable, "-m", "jobs.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        said = None
+        while said is None:
+            with suppress(subprocess.TimeoutExpired):
+                said = job.communicate(timeout=0.5)[0]
+            with suppress(psutil.NoSuchProcess):
+                command = psutil.Process(job.pid)
+                for process in [command, *command.children(recursive=True)]:
+                    with suppress(psutil.Error):
+                        name = Path(process.cmdline()[0].split()[0]).name
+                        heard |= {(name, at.laddr.ip) for at in process.net_connections("tcp") if at.status == psutil.CONN_LISTEN}
+    assert job.returncode == 0, said
+    return heard
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +95,24 @@ def test_the_record_says_how_the_latents_were_made(latents):
 
 
 @pytest.fixture(scope="module")
-def tuned(latents, tmp_path_factory) -> Path:
+def tuning(latents, tmp_path_factory) -> tuple[Path, set[tuple[str, str]]]:
+    """A folder with one edit model, and what listened where while it was made."""
     models = tmp_path_factory.mktemp("models")
     words = ("--name", "rosy", "--source-text", "face", "--target-text", "face with red hair")
-    run("finetune", str(latents), str(models), *words, "--epochs", "2", "--batch", "4", "--steps-down", "2", "--cpus", "1",
+    heard = run_watched("finetune", str(latents), str(models), *words, "--epochs", "2", "--batch", "4", "--steps-down", "2", "--cpus", "1",
         "--held-out", "2", "--patience", "3", "--rank", "0", "--learning-rate", "5e-5", "--views", "1")  # fmt: skip
-    return models
+    return models, heard
+
+
+@pytest.fixture(scope="module")
+def tuned(tuning) -> Path:
+    return tuning[0]
+
+
+def test_a_ray_of_ones_own_and_its_workers_listen_on_loopback_only(tuning):
+    _, heard = tuning
+    assert {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RayTrainWorker"} <= {name for name, _ in heard}
+    assert {address.removeprefix("::ffff:") for _, address in heard} == {"127.0.0.1"}
 
 
 def test_fine_tuning_with_ray_train_leaves_an_edit_model_with_a_card_that_says_how_it_was_made(tuned):

@@ -89,6 +89,13 @@ def test_other_contents_of_the_input_under_the_same_names_are_another_request(ti
     assert "number of input files was 6, now 5" in differences(before, request(tiny_run))
 
 
+def test_the_input_is_listed_once_and_not_again_for_each_request(tiny_run: Run) -> None:
+    """A bucket of a million pictures is a thousand requests."""
+    found, before = find(tiny_run.source), request(tiny_run)
+    shutil.rmtree(tiny_run.source.path)
+    assert request_of(tiny_run, found, None) == before
+
+
 def test_another_edit_model_of_the_same_name_is_another_request(tiny_run: Run, tiny_edit: TinyEdit) -> None:
     part = tiny_edit(tiny_run.domain, "smiling")
     before = request(tiny_run, Edit(parts=(part,)))

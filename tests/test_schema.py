@@ -12,6 +12,8 @@ import pytest
 
 from pipeline import schema
 from pipeline.codec import encode_png, latents_to_arrow
+from pipeline.config import Source
+from pipeline.sources import find, plan_blocks, read_block
 
 USER = pa.schema(
     [
@@ -119,6 +121,49 @@ def test_hugging_face_datasets_shows_pictures_beside_the_users_columns_of_many_k
     assert rows[0]["latent"] == [1.0] * 48
     assert rows[0]["boxes"] == [{"left": 1}, None]
     assert (rows[0]["kind"], rows[0]["price"], rows[0]["story"]) == ("a", Decimal("1.50"), "x")
+
+
+def test_features_that_no_arrow_type_has_pass_through_from_the_input(tmp_path: Path) -> None:
+    """Names of classes, sounds, matrices: as ``datasets`` wrote them, through latents and edits, and as it reads them again."""
+    import datasets
+
+    kinds = {
+        "image": datasets.Image(),
+        "split": datasets.ClassLabel(names=["cat", "dog"]),
+        "sound": datasets.Audio(decode=False),
+        "several": datasets.List(datasets.ClassLabel(names=["x", "y"])),
+        "matrix": datasets.Array2D((2, 2), "float32"),
+        "told": datasets.Value("string"),
+    }
+    picture = {"bytes": encode_png(np.zeros((3, 5, 7), np.uint8)), "path": None}
+    sound = {"bytes": b"RIFF", "path": "a.wav"}
+    row: dict[str, Any] = {"image": picture, "split": 1, "sound": sound, "several": [1, 0], "matrix": [[1.0, 2.0], [3.0, 4.0]], "told": "x"}
+    (tmp_path / "in").mkdir()
+    given = datasets.Features(kinds).arrow_schema
+    pq.write_table(pa.table([pa.array([row[f.name]], f.type) for f in given], schema=given), tmp_path / "in" / "x.parquet")
+    found = find(Source(path=str(tmp_path / "in")))
+    (block,) = plan_blocks(found, 1)
+    table = read_block(found, block)
+
+    latents = schema.latents_schema(found.user_columns, 4, ABOUT)
+    made = table.append_column("latent", latents_to_arrow([np.ones((3, 4, 4))], 4)).append_column("error", pa.nulls(1, pa.string()))
+    (tmp_path / "latents").mkdir()
+    pq.write_table(made.select(latents.names).cast(latents), tmp_path / "latents" / "x.parquet")
+    of_latents = find(Source(path=str(tmp_path / "latents"))).user_columns
+    assert of_latents.names == ["split", "sound", "several", "matrix", "told"]
+    assert features(schema.edits_schema(of_latents, (), {}))["split"] == {"names": ["cat", "dog"], "_type": "ClassLabel"}
+
+    rows = datasets.load_dataset("parquet", data_files=f"{tmp_path}/latents/*", split="train", cache_dir=str(tmp_path / "cache"))
+    assert {name: rows.features[name] for name in kinds} == kinds
+    assert rows.features["split"].int2str(rows[0]["split"]) == "dog"
+    assert (rows[0]["sound"], rows[0]["several"], rows[0]["matrix"]) == (sound, [1, 0], [[1.0, 2.0], [3.0, 4.0]])
+    assert rows[0]["image"].size == (7, 5)
+
+
+@pytest.mark.parametrize("said", ["no JSON", "[]", "{}", '{"info": null}', '{"info": {"features": null}}'])
+def test_metadata_that_declare_nothing_leave_the_features_to_the_arrow_types(said: str) -> None:
+    user = USER.with_metadata({"huggingface": said})
+    assert features(schema.latents_schema(user, 4, {})) == features(schema.latents_schema(USER, 4, {}))
 
 
 def test_metadata_and_latents_survive_a_parquet_file(tmp_path: Path) -> None:

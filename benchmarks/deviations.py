@@ -2,13 +2,14 @@
 
 python -m benchmarks.deviations --out benchmarks/results/deviations.json
 
-Trainings take a minute or more each; ``--no-trainings`` leaves theirs in the file and measures the rest again.
+Trainings take a minute or more each; ``--only PART`` (walk, details, mixes, fine_tuning) measures it again and keeps the rest.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from enum import StrEnum
 from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +24,10 @@ from jobs.evaluate import machine
 from jobs.progress import console, display
 from jobs.requests import make_edits
 from jobs.tables import count_table
-from models import lora
+from models import lora, losses
 from models.attributes import attributes_of
 from models.clip import Clip, load_clip, templates
-from models.diffusion import NoiseModel, alpha_bar_at, blend, predicted_x0, stochastic_walk, timesteps, walk
+from models.diffusion import NoiseModel, alpha_bar_at, blend, noised, predicted_x0, project, stochastic_walk, timesteps, walk
 from models.domains import DOMAINS
 from models.finetune import Objective, finetune, lacking, references, start_training
 from models.metrics import directional_score, mean_absolute_error
@@ -35,6 +36,17 @@ from models.recipe import Recipe, Tuning
 from models.unet import load_alpha_bars, load_base, load_edit_model, trainable
 from pipeline import codec, schema
 from pipeline.quality import held_out_pictures
+from pipeline.stages import row_noise
+
+
+class Part(StrEnum):
+    """Of the file."""
+
+    walk = "walk"
+    details = "details"
+    mixes = "mixes"
+    fine_tuning = "fine_tuning"
+
 
 DOMAIN = DOMAINS["pixelface"]
 BARS = load_alpha_bars(DOMAIN.weights)
@@ -42,6 +54,7 @@ OFFICIAL = Tuning(l1_weight=6.0)
 """What every variant changes: the official code's way to train, with an L1 weight that suits the domain. The domain's own recipe
 has several of these changes at once; docs/pixelface.md says which."""
 ATTRIBUTES = ("glasses", "smiling", "red_hair")
+FEW = 32
 VARIANTS: dict[str, dict[str, Any]] = {
     "default (log, source, full network, whole walk)": {},
     "form cosine (1 - cos)": {"form": "cosine"},
@@ -199,6 +212,76 @@ def the_walk(images: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def details(images: int) -> dict[str, float]:
+    """What the solver and the rungs of each way change, where fresh noise starts, and how edit models are stored. Few images: these
+    are means of differences between pictures, not shares of them."""
+    recipe, base, unseen = DOMAIN.recipe, load_base(DOMAIN.weights), held_out_pictures(DOMAIN)[0][: min(images, FEW)]
+    latents = moved(base, unseen, recipe.up(BARS), recipe.order)
+    tuned, level = replace(recipe, steps_down=OFFICIAL.steps_down), alpha_bar_at(BARS, recipe.return_step)
+    official = replace(recipe, solver="ddim", spacing="linspace")
+    draw = row_noise([str(i) for i in range(len(unseen))], unseen, 0, "deviations")
+    levels = (level, alpha_bar_at(BARS, recipe.return_step - 1))
+    here, there = (moved(base, noised(unseen, draw(0), at), recipe.down(BARS), recipe.order).clamp(-1, 1) for at in levels)
+    projected = {
+        steps: project(base, unseen, replace(recipe, projection_steps=steps).projection(BARS), BARS, 2, draw).clamp(-1, 1)
+        for steps in (6, 12)
+    }
+
+    def between(one: Tensor, other: Tensor) -> float:
+        return float(mean_absolute_error(one, other.clamp(-1, 1)).mean())
+
+    return {
+        "images": float(len(unseen)),
+        "round_trip": between(unseen, moved(base, latents, recipe.down(BARS), recipe.order)),
+        "official_ends_with_these_steps": between(unseen, there_and_back(official, unseen)),
+        "down_with_ddim_from_ab2_latents": between(unseen, moved(base, latents, recipe.down(BARS), 1)),
+        "up_and_down_with_ddim": between(unseen, there_and_back(replace(recipe, solver="ddim"), unseen)),
+        "noise_at_the_step_below": between(here, there),
+        "projections_6_rungs_from_source": between(unseen, projected[6]),
+        "projections_12_rungs_from_source": between(unseen, projected[12]),
+        "projections_6_rungs_from_12": between(projected[6], projected[12]),
+        "training_walk_ab2_sigma": between(unseen, moved(base, latents, tuned.down(BARS), tuned.order)),
+        "training_walk_ddim_linspace": between(
+            unseen, moved(base, latents, replace(official, steps_down=OFFICIAL.steps_down).down(BARS), 1)
+        ),
+        "edit_model_as_float16": between(*(moved(m, latents, recipe.down(BARS), recipe.order).clamp(-1, 1) for m in merged_and_rounded())),
+        "gradient_without_least_change": gradient_without_least_change(unseen),
+    }
+
+
+def there_and_back(recipe: Recipe, pictures: Tensor) -> Tensor:
+    base = load_base(DOMAIN.weights)
+    return moved(base, moved(base, pictures, recipe.up(BARS), recipe.order), recipe.down(BARS), recipe.order)
+
+
+def merged_and_rounded() -> tuple[NoiseModel, NoiseModel]:
+    """The glasses edit as a whole network: base and low-rank weights added up in float32, and that rounded to float16 as an edit model of
+    the whole network is stored. (The base model's own weights are float16 already.)"""
+    merged = load_edit_model(DOMAIN.weights, f"{DOMAIN.edits}/glasses.safetensors")
+    rounded = deepcopy(merged)
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.half().float())
+    return merged, rounded
+
+
+@torch.enable_grad()
+def gradient_without_least_change(pictures: Tensor) -> float:
+    """How many times as long the gradient of the CLIP loss is without ``LEAST_CHANGE``, at pictures whose pixels are 0.001 from their
+    references: where a training starts."""
+    clip, norms = load_clip(DOMAIN.clip), []
+    direction = clip.text_direction("face without glasses", "face with glasses")
+    near = pictures + 0.002 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)).sign()
+    before = clip.image_features(pictures).detach()
+    for least in (0.0, losses.LEAST_CHANGE):
+        at = near.clone().requires_grad_(True)
+        change = clip.image_features(at) - before
+        length = change.square().sum(-1).clamp_min(least**2).sqrt()
+        (gradient,) = torch.autograd.grad(losses.directional_loss((change @ direction) / length), at)
+        norms.append(float(gradient.flatten(1).norm(dim=1).mean()))
+    return norms[0] / norms[1]
+
+
+@torch.no_grad()
 def readings(images: int) -> dict[str, float]:
     """What half precision, a resize that is not antialiased and a wrong text change in CLIP's reading of edits, and TF32 in the walk."""
     domain_clip, unseen = load_clip(DOMAIN.clip), held_out_pictures(DOMAIN)[0][:images]
@@ -262,31 +345,43 @@ def main(
     images: int = 128,
     attribute: Annotated[list[str] | None, typer.Option()] = None,
     threads: int = 2,
-    trainings: bool = True,
+    only: Annotated[list[Part] | None, typer.Option(help="Measure this; keep the rest of the file.")] = None,
     out: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Prints mean success, other factors kept, distance and similarity of every variant, and the effects on the walk."""
     torch.set_num_threads(threads)
-    walked, mixed = the_walk(images) | readings(images), mixes(images)
-    if trainings:
-        results = fine_tuning(images, attribute or list(ATTRIBUTES))
-    elif out and out.exists():
-        results = json.loads(out.read_text())["fine_tuning"]
-    else:
-        raise typer.BadParameter("--no-trainings keeps what the file of --out has, and there is none")
+    if only and not (out and out.exists()):
+        raise typer.BadParameter("--only keeps what the file of --out has, and there is none")
+    measures: dict[Part, Callable[[], Any]] = {
+        Part.walk: lambda: the_walk(images) | readings(images),
+        Part.details: lambda: details(images),
+        Part.mixes: lambda: mixes(images),
+        Part.fine_tuning: lambda: fine_tuning(images, attribute or list(ATTRIBUTES)),
+    }
+    found = {part.value: measure() for part, measure in measures.items() if not only or part in only}
+    report = {"machine": machine(), "images": images, **(json.loads(out.read_text()) if only and out else {}), **found}
+    show(found, images)
+    if out:
+        out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def show(found: dict[str, Any], images: int) -> None:
+    results = found.get("fine_tuning", [])
     lines, names = [], {r["attribute"] for r in results}
-    for variant in VARIANTS:
+    for variant in VARIANTS if results else ():
         of = [r for r in results if r["variant"] == variant]
         mean = {k: sum(r[k] for r in of) / len(of) for k in ("success", "kept", "mae", "clip_direction")}
         words = "success {success:.3f}, kept {kept:.3f}, MAE {mae:.3f}, CLIP {clip_direction:.3f}"
         lines.append((variant, words.format(**mean)))
-    console.print(count_table(f"fine-tuning, mean over {len(names)} attributes, {images} held-out images", lines))
+    if lines:
+        console.print(count_table(f"fine-tuning, mean over {len(names)} attributes, {images} held-out images", lines))
     words = "both {both:.3f} of {images} that lacked both, kept {kept:.3f}, MAE {mae:.3f}"
-    console.print(count_table(f"mixes of {' and '.join(MIXED)}", [(r["mix"], words.format(**r)) for r in mixed]))
-    console.print(count_table("the walk", [(k.replace("_", " "), f"{v:.5f}") for k, v in walked.items() if isinstance(v, float)]))
-    if out:
-        report = {"machine": machine(), "images": images, "walk": walked, "mixes": mixed, "fine_tuning": results}
-        out.write_text(json.dumps(report, indent=2) + "\n")
+    if "mixes" in found:
+        console.print(count_table(f"mixes of {' and '.join(MIXED)}", [(r["mix"], words.format(**r)) for r in found["mixes"]]))
+    for part in ("walk", "details"):
+        numbers = [(k.replace("_", " "), f"{v:.5f}") for k, v in found.get(part, {}).items() if isinstance(v, float)]
+        if numbers:
+            console.print(count_table(f"the walk: {part}", numbers))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from jobs.tables import count_table
 from models import lora
 from models.clip import Clip
 from models.conversion import config_of, empty_network
-from models.diffusion import linear_alpha_bars
-from models.finetune import Objective, edit_losses
+from models.diffusion import linear_alpha_bars, walk
+from models.finetune import Objective, checkpointed, edit_losses
+from models.latent import global_loss
 from models.official import ARCHITECTURES
 from models.recipe import Recipe, Tuning
 from models.unet import NoiseUNet
@@ -40,6 +41,8 @@ CASES = {
     "checkpoint, bfloat16": ("bfloat16", None),
     "checkpoint, bfloat16, rank 8": ("bfloat16", 8),
 }
+EDITS = ((1, 1), (16, 1), (16, 10))
+"""Images at once and edit models of the run."""
 
 
 @contextmanager
@@ -58,6 +61,20 @@ def counting(own: nn.Module, shapes: FakeTensorMode) -> Iterator[Callable[[], in
         yield lambda: sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+def activations_of(loss: Callable[[], object], model: NoiseUNet, x: Tensor, shapes: FakeTensorMode, memory: str) -> int:
+    """Bytes that are kept for the backward pass of a loss."""
+    with counting(model, shapes) as activations:
+        losses = loss()
+        kept = activations()
+    if memory == "checkpoint":  # while one call is computed again, its activations are there too
+        with counting(model, shapes) as activations:
+            again = model(x, torch.zeros(1, dtype=torch.int64))
+            kept += activations()
+            del again
+    del losses
+    return kept
+
+
 def needs(architecture: str, case: str, steps: int) -> dict[str, float]:
     """GiB of weights, gradients, optimizer state and activations of one image."""
     precision, rank = CASES[case]
@@ -70,15 +87,7 @@ def needs(architecture: str, case: str, steps: int) -> dict[str, float]:
         clip = vit_b_16()
         objective = Objective(clips=((clip, torch.zeros(512)),), path=path, alpha_bars=levels, order=1, tuning=tuning)
         x = torch.zeros(1, 3, size, size)
-        with counting(model, shapes) as activations:
-            losses = next(edit_losses(model, x, torch.zeros_like(x), objective))
-            kept = activations()
-        if tuning.memory == "checkpoint":  # while one call is computed again, its activations are there too
-            with counting(model, shapes) as activations:
-                again = model(x, torch.zeros(1, dtype=torch.int64))
-                kept += activations()
-                del again
-        del losses
+        kept = activations_of(lambda: next(edit_losses(model, x, torch.zeros_like(x), objective)), model, x, shapes, tuning.memory)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
         return {
             "weights": (bytes_of(model) + bytes_of(clip)) / GIB,
@@ -87,6 +96,22 @@ def needs(architecture: str, case: str, steps: int) -> dict[str, float]:
             "activations": kept / GIB,
             "total": (bytes_of(model) + bytes_of(clip) + 3 * trained + kept) / GIB,
         }
+
+
+def optimizing(architecture: str, memory: str, steps: int) -> dict[str, float]:
+    """GiB of weights and activations of ``diffusionclip optimize``: only the latent of one image has a gradient."""
+    size, model = ARCHITECTURES[architecture].image_size, network(architecture, "float32", None).requires_grad_(False)
+    tuning = Tuning(memory=memory, batch=1, steps_down=steps)
+    path = Recipe(return_step=500, steps_down=steps, spacing="linspace").down(linear_alpha_bars())
+    levels: Any = linear_alpha_bars().tolist()
+    with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
+        clip = vit_b_16()
+        objective = Objective(clips=((clip, torch.zeros(512)),), path=path, alpha_bars=levels, order=1, tuning=tuning)
+        x0, x = torch.zeros(1, 3, size, size), torch.zeros(1, 3, size, size).requires_grad_(True)
+        called = checkpointed(model) if memory == "checkpoint" else model
+        kept = activations_of(lambda: global_loss(walk(called, x, path, levels), x0, objective), model, x, shapes, memory)
+        weights = bytes_of(model) + bytes_of(clip)
+        return {"weights": weights / GIB, "activations": kept / GIB, "total": (weights + kept) / GIB}
 
 
 class Peak(TorchDispatchMode):
@@ -114,6 +139,18 @@ def walking(architecture: str, batch: int) -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Peak() as peak:
         model(torch.zeros(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64))
     return {"weights": bytes_of(model) / GIB, "call": peak.bytes / GIB}
+
+
+def editing(architecture: str, batch: int, models: int) -> dict[str, float]:
+    """GiB of ``diffusionclip edit`` of pictures with so many edit models: they, the base model and the CLIP that scores stay on the
+    device; one network at a time is called."""
+    size, walked = ARCHITECTURES[architecture].image_size, walking(architecture, batch)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        clip = vit_b_16()
+        with Peak() as peak:
+            clip.image_features(torch.zeros(batch, 3, size, size))
+    weights, call = (1 + models) * walked["weights"] + bytes_of(clip) / GIB, max(walked["call"], peak.bytes / GIB)
+    return {"weights": weights, "call": call, "total": weights + call}
 
 
 def network(architecture: str, precision: str, rank: int | None) -> NoiseUNet:
@@ -147,8 +184,15 @@ def main(steps: int = 6, out: Annotated[Path | None, typer.Option()] = None) -> 
     console.print(count_table(f"fine-tuning through {steps} steps, one image", lines))
     lines = [(f"{r['architecture']}, batch {r['batch']}", f"{r['weights']:.2f} GiB a model, {r['call']:.2f} GiB a call") for r in walks]
     console.print(count_table("inversion and editing", lines))
+    edits = [{"architecture": a, "batch": b, "models": n, **editing(a, b, n)} for a in NAMES for b, n in EDITS]
+    lines = [(f"{r['architecture']}, batch {r['batch']}, {r['models']} edit models", f"{r['total']:.1f} GiB") for r in edits]
+    console.print(count_table("editing pictures, scoring CLIP and base model included", lines))
+    latents = [{"architecture": a, "memory": memory, **optimizing(a, memory, steps)} for a in NAMES for memory in ("full", "checkpoint")]
+    lines = [(f"{r['architecture']}, {r['memory']}", f"{r['total']:.1f} GiB, {r['activations']:.1f} of it activations") for r in latents]
+    console.print(count_table(f"optimising a latent through {steps} steps, one image", lines))
     if out:
         report = {"machine": machine(), "steps_down": steps, "finetune": rounded(results), "walk": rounded(walks)}
+        report |= {"edit": rounded(edits), "optimize": rounded(latents)}
         out.write_text(json.dumps(report, indent=2) + "\n")
 
 

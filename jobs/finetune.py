@@ -18,7 +18,10 @@ ChooseFrom = Annotated[
     int | None,
     typer.Option(help="Look at so many latents; train on those that lack the attribute most, by CLIP.", rich_help_panel=TRAINING),
 ]
-Rate = Annotated[float | None, typer.Option(help="Of Adam.", rich_help_panel=TRAINING)]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Of Adam; without it the domain's, with --rank 20 times that of the whole network.", rich_help_panel=TRAINING),
+]
 Growth = Annotated[
     float | None,
     typer.Option(
@@ -128,7 +131,7 @@ def finetune(
 
     diffusionclip finetune out/latents out/models -a hat -a beard --parallel 2 --gpus 1
 
-    diffusionclip finetune out/latents out/models -a pixar --domain celebahq-256 --memory checkpoint --rank 8 --gpus 1
+    diffusionclip finetune out/latents601 out/models -a pixar --domain celebahq-256 --memory checkpoint --rank 8 --gpus 1
 
     diffusionclip finetune out/latents out/models --name ginger --source-text face --target-text "face with ginger hair"
     """
@@ -184,6 +187,8 @@ def finetune(
         if plan.done:
             console.print(f"{public(plan.file)} is there from the same request; nothing to train (--overwrite trains again)", markup=False)
     left = [plan for plan in plans if not plan.done]
+    for note in rates([plan.run for plan in left]):
+        console.print(note, markup=False)
     advise([plan.run for plan in left], [a for a, plan in zip(chosen, plans, strict=True) if not plan.done])
     if left:
         with ray_session(address, verbose):
@@ -248,13 +253,10 @@ def tune_run(
     latents: str, models: str, domain: str, attribute: Any, numbers: dict[str, Any], walk: dict[str, Any], others: dict[str, Any]
 ) -> Any:
     """The request of one attribute; ``numbers`` of the tuning win over the attribute's own, and those over the domain's."""
-    from dataclasses import replace
-
     from jobs.requests import domain_named, recipe_for
     from pipeline.config import Source, TuneRun
 
     chosen = domain_named(domain)
-    known = o.given(learning_rate=attribute.learning_rate, l1_weight=attribute.l1_weight)
     return TuneRun(
         latents=latents,
         output=models,
@@ -263,9 +265,31 @@ def tune_run(
         source_text=attribute.source,
         target_text=attribute.target,
         recipe=recipe_for(Source(path=latents), chosen, walk),
-        tuning=replace(chosen.tuning, **{**known, **numbers}),
+        tuning=tuning_for(chosen.tuning, attribute, numbers),
         **others,
     )
+
+
+def tuning_for(tuning: Any, attribute: Any, numbers: dict[str, Any]) -> Any:
+    """A domain's tuning with an attribute's numbers and those that were given. A rate that an attribute was published with is one of
+    the whole network."""
+    from dataclasses import replace
+
+    from models.recipe import retuned
+
+    known = replace(tuning, **o.given(l1_weight=attribute.l1_weight))
+    if attribute.learning_rate is not None:
+        known, numbers = replace(known, learning_rate=attribute.learning_rate, rank=None), {"rank": tuning.rank, **numbers}
+    return retuned(known, numbers)
+
+
+def rates(runs: list[Any]) -> list[str]:
+    """A line for each learning rate that is trained at: of which weights, and for which attributes."""
+    named: dict[str, list[str]] = {}
+    for run in runs:
+        weights = "the whole network" if run.tuning.rank is None else f"low-rank weights (rank {run.tuning.rank})"
+        named.setdefault(f"learning rate {run.tuning.learning_rate:g} for {weights}", []).append(run.attribute)
+    return [f"{words}: {', '.join(names)}" for words, names in named.items()]
 
 
 def advise(runs: list[Any], attributes: list[Any]) -> None:

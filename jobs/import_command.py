@@ -21,11 +21,24 @@ ArchitectureName = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
-HeadChannels = Annotated[int | None, typer.Option(help="Channels of an attention head; 0 is a single head.", rich_help_panel=WHAT)]
+HeadChannels = Annotated[
+    int | None,
+    typer.Option(
+        help="Channels of an attention head, the same at every width; 0 is a single head. Networks with a fixed number of heads "
+        "(num_heads, like 128x128_diffusion.pt) cannot be imported, and their files do not tell.",
+        rich_help_panel=WHAT,
+    ),
+]
 AttentionOrder = Annotated[
     str | None, typer.Option(help="Of query, key and value in one matrix: legacy (by head) or new (by kind).", rich_help_panel=WHAT)
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Height and width of the images.", rich_help_panel=WHAT)]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the noise: linear, or cosine (--noise_schedule of guided-diffusion).", show_default="linear", rich_help_panel=WHAT
+    ),
+]
 OfDomain = Annotated[
     str | None,
     typer.Option(
@@ -51,6 +64,7 @@ def import_checkpoint(
     head_channels: HeadChannels = None,
     attention_order: AttentionOrder = None,
     image_size: ImageSize = None,
+    schedule: Schedule = None,
     edit: EditName = None,
     source_text: SourceText = None,
     target_text: TargetText = None,
@@ -68,6 +82,8 @@ def import_checkpoint(
     diffusionclip import human_pixar_t601.pth models/edits --edit pixar --domain models/celebahq
 
     diffusionclip import my.pt models/mine --head-channels 64 --attention-order legacy --image-size 128
+
+    diffusionclip import 64x64_diffusion.pt models/small --head-channels 64 --attention-order new --image-size 64 --schedule cosine
     """
     from jobs.progress import console
 
@@ -75,9 +91,10 @@ def import_checkpoint(
         import models.conversion  # noqa: F401 - takes seconds
     of_edit = {"source-text": source_text, "target-text": target_text, "return-step": return_step}
     refuse_early(out, architecture, (edit, domain), [name for name, value in of_edit.items() if value is not None], overwrite)
+    refuse_schedule(schedule, edit)
     asked = {"head_channels": head_channels, "attention_order": attention_order, "image_size": image_size}
     if edit is None:
-        import_base(checkpoint, out, domain, architecture, asked, overwrite)
+        import_base(checkpoint, out, domain, architecture, asked, schedule or "linear", overwrite)
     else:
         card = card_of_edit(checkpoint, edit, str(domain), (source_text, target_text), return_step)
         import_edit(checkpoint, out, str(domain), architecture, asked, card)
@@ -112,7 +129,22 @@ def refuse_early(
         raise ConfigError(f"{out} already has an edit model {edit}; give another name or folder, or --overwrite")
 
 
-def import_base(checkpoint: str, out: Path, domain: str | None, architecture: str | None, asked: dict[str, Any], overwrite: bool) -> None:
+def refuse_schedule(schedule: str | None, edit: str | None) -> None:
+    """Raises ConfigError for a schedule that is not known, or that is not of a base model."""
+    from models.conversion import SCHEDULES
+    from pipeline.config import ConfigError, unknown
+
+    if schedule is not None and edit is not None:
+        raise ConfigError(
+            "an edit model has the noise schedule of its base model; leave --schedule out, or give it when the base is imported"
+        )
+    if schedule is not None and schedule not in SCHEDULES:
+        raise ConfigError(unknown("schedule", schedule, list(SCHEDULES)))
+
+
+def import_base(
+    checkpoint: str, out: Path, domain: str | None, architecture: str | None, asked: dict[str, Any], schedule: str, overwrite: bool
+) -> None:
     import json
 
     from jobs.progress import console
@@ -129,8 +161,8 @@ def import_base(checkpoint: str, out: Path, domain: str | None, architecture: st
         raise ConfigError(f"images of {domain} are {size}x{size}, those of this checkpoint {found.image_size}x{found.image_size}")
     more = {"domain.json": json.dumps({"extends": domain, "weights": "."}, indent=2) + "\n"} if domain else {}
     with console.status(f"writing {out}"):
-        save(out, config, state, more=more, overwrite=overwrite)
-    console.print(f"{out}: base model {fingerprint(out)}", markup=False)
+        save(out, config, state, schedule=schedule, more=more, overwrite=overwrite)
+    console.print(f"{out}: base model {fingerprint(out)}, {schedule} noise schedule of 1000 steps", markup=False)
     console.print(f"next: diffusionclip invert IMAGES LATENTS --domain {out}", markup=False)
 
 
@@ -180,8 +212,6 @@ def converted(checkpoint: str, architecture: str | None, asked: dict[str, Any]) 
     console.print(f"{name}, {found.about}: {found.structure}; {size}x{size}, {million:.1f} million parameters", markup=False)
     if where:
         console.print(f"weights taken from {where}", markup=False)
-    if name == "custom":
-        console.print("its noise schedule is taken to be linear, from 1e-4 to 0.02 in 1000 steps", markup=False)
     return found, config, state
 
 

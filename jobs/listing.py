@@ -15,7 +15,7 @@ def domains() -> None:
     from models.domains import DOMAINS
 
     table = _table("domain", "images", "of a", "return step", "steps", "attributes", "network", "weights")
-    details = _table("domain", "about, weights, licence")
+    details = _table("domain", "about, network, weights, licence")
     for d in DOMAINS.values():
         steps = f"{d.recipe.steps_up} up, {d.recipe.steps_down} down, {d.recipe.solver}"
         network = ", ".join(
@@ -24,7 +24,8 @@ def domains() -> None:
         size, count = f"{d.image_size}x{d.image_size}", str(len(attributes_of(d.family)))
         table.add_row(d.name, size, d.noun, str(d.recipe.return_step), steps, count, network, _where(d.weights))
         get = "" if d.weights else f"\n         diffusionclip import FILE OUT --domain {d.name}, then --domain OUT"
-        details.add_row(d.name, f"{d.about}\nweights: {d.origin}{get}\nlicence: {d.licence}")
+        noise = f"predicts {d.prediction}, noise of {d.schedule}"
+        details.add_row(d.name, f"{d.about}\nnetwork: {noise}\nweights: {d.origin}{get}\nlicence: {d.licence}")
     console.print(table)
     console.print(details)
     console.print("Besides these, --domain takes a diffusers UNet2DModel folder, a hub name, or a file that describes a domain.")

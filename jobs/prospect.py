@@ -176,11 +176,13 @@ def _written(run: Run, edits: Sequence[tuple[Edit, list[int]]], seen: Sample, ro
 
 def of_tuning(runs: Sequence[TuneRun], parallel: int, known: Sequence[str] = ()) -> Prospect:
     """Of the attributes of one command, trained to the end. Raises ConfigError as ``of_run``."""
+    from jobs.finetune import rates
     from models.weights import edit_model_file
     from pipeline.estimate import tuning_work
 
     run, problems, notes = runs[0], list(known), list[str]()
     rows, left = _latent_rows(runs, problems, notes)
+    notes += rates(left)
     networks = _networks(run.domain, problems, clips=run.loss_clips, identity=bool(run.tuning.id_weight), tuning=run)
     work, size = tuning_work(rows, run.tuning, networks), networks.trained
     copies = 3 + bool(run.tuning.ema) + bool(run.tuning.patience)  # weights, two moments, average, best

@@ -29,6 +29,11 @@ from models.official import GROUPS, Architecture, Structure
 from models.references import WeightsError
 
 TIMESTEPS = 1000
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+"""Of the noise, by the names of guided-diffusion (``--noise_schedule``): Ho et al. 2020, and Nichol and Dhariwal 2021, eq. 17."""
 
 # --- names --------------------------------------------------------------------------------------------------------------
 
@@ -244,15 +249,23 @@ def refuse_full(folder: Path, overwrite: bool) -> None:
         raise WeightsError(f"{folder} already holds something; give another folder, or --overwrite")
 
 
-def save(folder: Path, config: Mapping[str, Any], state: State, *, more: Mapping[str, str] | None = None, overwrite: bool = False) -> Path:
-    """A diffusers folder: ``config.json``, weights, ``scheduler_config.json`` (linear betas, as all of the table have), and the
-    text files in ``more``. It appears when it is complete. Raises WeightsError if it holds something already."""
+def save(
+    folder: Path,
+    config: Mapping[str, Any],
+    state: State,
+    *,
+    schedule: str = "linear",
+    more: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """A diffusers folder: ``config.json``, weights, ``scheduler_config.json`` with a schedule of ``SCHEDULES`` (all of the table are
+    linear), and the text files in ``more``. It appears when it is complete. Raises WeightsError if it holds something already."""
     refuse_full(folder, overwrite)
     folder = folder.resolve()
     building = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         building.mkdir(parents=True)
-        _write(building, config, state)
+        _write(building, config, state, schedule)
         for name, text in (more or {}).items():
             (building / name).write_text(text)
         _put_in_place(building, folder)
@@ -263,16 +276,14 @@ def save(folder: Path, config: Mapping[str, Any], state: State, *, more: Mapping
     return folder
 
 
-def _write(folder: Path, config: Mapping[str, Any], state: State) -> None:
+def _write(folder: Path, config: Mapping[str, Any], state: State, schedule: str) -> None:
     from diffusers import DDPMScheduler
 
     empty_network(config).save_config(folder)
     write_state(folder / WEIGHTS, {key: tensor.contiguous() for key, tensor in state.items()})
     scheduler: Any = DDPMScheduler(  # diffusers hides its methods from type checkers
         num_train_timesteps=TIMESTEPS,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
+        **SCHEDULES[schedule],
         prediction_type="epsilon",
         clip_sample=False,
         variance_type="learned_range" if config["out_channels"] == 6 else "fixed_small",

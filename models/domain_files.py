@@ -14,12 +14,19 @@ import yaml
 
 from models.domains import DOMAINS, README_RECIPE, README_TUNING, Domain
 from models.fetching import file_of, first_in
-from models.folders import schedule_length
-from models.recipe import Recipe
-from models.references import NotCachedError, WeightsError, inside
+from models.folders import SCHEDULE, schedule_length
+from models.recipe import Recipe, retuned
+from models.references import NotCachedError, WeightsError, inside, public
 
 FILE = "domain.json"
 """In a folder of weights: the domain that it is."""
+DECIDED = {
+    "prediction": "prediction_type in scheduler_config.json (epsilon where it names none)",
+    "schedule": "scheduler_config.json",
+    "learned_variance": "out_channels in config.json",
+    "classes": "num_class_embeds in config.json",
+}
+"""Fields that a folder's configurations decide, and where in them; a domain file may repeat them, but not say otherwise."""
 Reference = TypeVar("Reference", str, Path)
 _DEFAULTS: dict[str, Any] = {"recipe": README_RECIPE, "tuning": README_TUNING}
 
@@ -29,7 +36,8 @@ def load_domain_file(reference: str | Path) -> Domain:
 
     ``recipe`` and ``tuning`` hold what differs from the extended domain's, or from the official README's. Without a name it
     is called like the file. Paths are relative to the file where something lies there. What the network's configuration says
-    need not be said again: size, variance, classes. Raises WeightsError, one line a problem.
+    need not be said again (size, prediction, schedule, variance, classes); but for the size, it may not be said otherwise. Raises
+    WeightsError, one line a problem.
     """
     file = file_of(reference)
     text = str(reference) if "://" in str(reference) else str(file.absolute())
@@ -68,14 +76,30 @@ def _domain(file: Path, home: str, own: dict[str, Any], given: dict[str, Any]) -
             values[name] = _resolved(values[name], home)
     base = {f.name: getattr(DOMAINS[extended], f.name) for f in fields(Domain)} if extended else _DEFAULTS
     length = 1000
-    if values.get("weights") and "image_size" not in values:
+    if values.get("weights") and not ("image_size" in values and values.keys().isdisjoint(DECIDED)):
         base, length = base | _facts(values["weights"]), schedule_length(values["weights"])
+    if wrong := _contradictions(values, base, str(values.get("weights") or extended)):
+        raise WeightsError("\n".join(f"{file}: {problem}" for problem in wrong))
     for name in ("weights", "image_size"):
         if name not in base | values:
             raise WeightsError(f"{file}: {name} is missing")
     values["recipe"] = scaled(base["recipe"], length, values.get("recipe", {}))
-    values["tuning"] = replace(base["tuning"], **values.get("tuning", {}))
+    values["tuning"] = retuned(base["tuning"], values.get("tuning", {}))
     return _checked(Domain(**base | values), str(file), length)
+
+
+def _contradictions(stated: Mapping[str, Any], known: Mapping[str, Any], weights: str) -> list[str]:
+    """Sentences about what a file states of its network where the network's own configuration, which is what is computed with, says
+    otherwise."""
+    return [
+        f"it states {name} {_shown(stated[name])}, but {public(weights)} has {_shown(known[name])}; leave {name} out, or correct {where}"
+        for name, where in DECIDED.items()
+        if name in stated and name in known and stated[name] != known[name]
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def scaled(recipe: Recipe, timesteps: int, given: Mapping[str, Any]) -> Recipe:
@@ -164,6 +188,12 @@ def _facts(weights: str) -> dict[str, Any]:
         )
     about, betas = _parsed(network[1]), _parsed(noise[1])
     channels, size = about.get("in_channels", 3), about.get("sample_size")
+    if isinstance(size, list) and len(size) == 2:  # height and width, as diffusers allows
+        if size[0] != size[1]:
+            raise WeightsError(
+                f"{weights} is a network for images of {size[0]}x{size[1]} pixels (sample_size {size}); only square ones can be edited"
+            )
+        size = size[0]
     if channels != 3 or not isinstance(size, int):
         raise WeightsError(f"{weights} is no network for square RGB images: it has in_channels {channels} and sample_size {size}")
     return {
@@ -171,9 +201,17 @@ def _facts(weights: str) -> dict[str, Any]:
         "learned_variance": about.get("out_channels", 3) == 2 * channels,
         "classes": about.get("num_class_embeds"),
         "prediction": betas.get("prediction_type", "epsilon"),
-        "schedule": f"{betas.get('beta_schedule', 'linear')} betas {betas.get('beta_start', 0.0001)}..{betas.get('beta_end', 0.02)}, "
-        f"{betas.get('num_train_timesteps', 1000)} timesteps",
+        "schedule": _schedule(betas),
     }
+
+
+def _schedule(scheduler: Mapping[str, Any]) -> str:
+    """A scheduler's configuration, for people."""
+    said = {**SCHEDULE, **scheduler}
+    if said["trained_betas"] is not None:
+        return f"its own betas, {len(said['trained_betas'])} timesteps"
+    span = "" if said["beta_schedule"] == "squaredcos_cap_v2" else f" betas {said['beta_start']}..{said['beta_end']}"
+    return f"{said['beta_schedule']}{span}, {said['num_train_timesteps']} timesteps"
 
 
 def _hint(name: str, allowed: Iterable[str]) -> str:

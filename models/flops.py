@@ -44,7 +44,8 @@ def counted(work: Callable[[], Any]) -> int:
 def example(network: Any, device: str = "meta", images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Zeros of the shapes that a UNet2DModel takes: x (B, 3, size, size) and t (B,)."""
     size = network.config.sample_size
-    return torch.zeros(images, 3, size, size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.zeros(images, 3, height, width, device=device), torch.zeros(images, dtype=torch.int64, device=device)
 
 
 def call_flops(network: Any) -> int:

@@ -1,6 +1,7 @@
 """What would be lost: a published checkpoint computes after its conversion what it computed before."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny import refusal
 from torch import Tensor
 
 from models.conversion import config_of, convert, empty_network, learned_time, save
+from models.diffusion import linear_alpha_bars
 from models.official import ARCHITECTURES, architecture_of
 from models.unet import load_alpha_bars, load_base
 
@@ -211,6 +213,17 @@ def test_the_saved_folder_is_a_base_model_of_this_project(tmp_path):
 def small() -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = ddpm().state_dict()
     return convert(state, architecture_of(state, image_size=SIZE)[1])
+
+
+def test_the_noise_levels_of_a_folder_saved_as_cosine_are_those_of_the_formula(small, tmp_path):
+    """Nichol and Dhariwal 2021, eq. 17: f(t) / f(0), f(t) = cos((t/T + s) / (1 + s) pi/2)^2, s = 0.008; the last beta is 0.999."""
+    t = torch.arange(1001, dtype=torch.float64)
+    f = ((t / 1000 + 0.008) / 1.008 * math.pi / 2).cos().square()
+    got = load_alpha_bars(save(tmp_path / "model", *small, schedule="cosine"))
+    torch.testing.assert_close(got[:-1], (f / f[0])[1:-1].float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(got[-1], got[-2] * 0.001)
+    linear = load_alpha_bars(save(tmp_path / "other", *small))
+    torch.testing.assert_close(linear, linear_alpha_bars())
 
 
 def test_a_folder_that_holds_something_is_not_touched_without_overwrite(small, tmp_path):

@@ -120,6 +120,19 @@ def broken_links(text: str, home: Path) -> list[str]:
     return broken
 
 
+def tables(text: str) -> Iterator[list[list[str]]]:
+    """Cells of each table of a document, its header first, the line below the header left out."""
+    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        yield [rows[0], *rows[2:]]
+
+
+def unmeasured(text: str) -> list[str]:
+    """First cells of rows whose measured effect is left out, or that say so without a reason."""
+    effects = [rows[1:] for rows in tables(text) if rows[0][-1] == "measured effect"]
+    return [row[0] for row in chain.from_iterable(effects) if not row[-1] or re.search(r"not measured(?!: \w)|@", row[-1])]
+
+
 # ---- the documents ---------------------------------------------------------------------------------------------------
 
 
@@ -169,3 +182,14 @@ def test_every_command_that_decodes_pictures_has_the_same_limit() -> None:
     limits = {name: p.default for name, command in COMMANDS.items() for p in command.params if p.name == "max_pixels"}
     assert {"align", "invert", "edit", "finetune"} <= limits.keys()
     assert set(limits.values()) == {schema.MAX_PIXELS}
+
+
+def test_every_deviation_from_the_paper_has_a_measured_effect_or_says_why_it_has_none() -> None:
+    text = (ROOT / "docs" / "method.md").read_text()
+    assert len([rows for rows in tables(text) if rows[0][-1] == "measured effect"]) == 3
+    assert unmeasured(text) == []
+
+
+def test_a_row_without_a_measured_effect_is_found() -> None:
+    head = "| paper | here | measured effect |\n|---|---|---|\n"
+    assert unmeasured(f"{head}| a | b | 0.1 |\n| c | d | |\n| e | f | not measured |\n| g | h | not measured: no weights |\n") == ["c", "e"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import constants
 from test_clip import put_into_cache
@@ -13,7 +14,10 @@ from tiny import save_diffusion, tiny_unet
 
 from models.domain_files import domain_from_folder, load_domain_file
 from models.domains import DOMAINS, README_RECIPE, README_TUNING
+from models.flops import call_flops, network_config, network_of
+from models.recipe import LOW_RANK_RATE
 from models.references import WeightsError
+from models.unet import load_base
 from models.weights import folder_of
 
 Written = Callable[..., Path]
@@ -124,6 +128,50 @@ def test_what_cannot_be_is_answered_in_one_sentence(written: Written, text: str,
     assert said in problem
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "prediction: v_prediction",
+            "states prediction v_prediction, but {folder} has epsilon; leave prediction out, or correct prediction_type",
+        ),
+        ("schedule: cosine", "states schedule cosine, but {folder} has linear betas 0.0001..0.02, 1000 timesteps; leave schedule out"),
+        (
+            "learned_variance: true",
+            "states learned_variance true, but {folder} has false; leave learned_variance out, or correct out_channels",
+        ),
+        ("classes: 10", "states classes 10, but {folder} has none; leave classes out, or correct num_class_embeds"),
+    ],
+)
+@pytest.mark.parametrize("size", ["", "image_size: 16\n"])
+def test_what_a_file_says_of_its_network_is_never_ignored(written: Written, tmp_path: Path, text: str, said: str, size: str) -> None:
+    scheduler = tmp_path / "diffusion" / "scheduler_config.json"
+    file = written("cats.yaml", f"weights: diffusion\n{size}{text}\n")
+    config = json.loads(scheduler.read_text())
+    config.pop("prediction_type")  # as in old folders
+    scheduler.write_text(json.dumps(config))
+    (problem,) = problems_of(file)
+    assert said.format(folder=tmp_path / "diffusion") in problem
+    assert problem.startswith(f"{file}: ")
+
+
+def test_a_file_may_repeat_what_its_network_says(written: Written, tmp_path: Path) -> None:
+    scheduler = tmp_path / "diffusion" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    text = "weights: diffusion\nlearned_variance: false\nclasses: null\nschedule: linear betas 0.0001..0.02, 1000 timesteps\n"
+    assert load_domain_file(written("cats.yaml", f"{text}prediction: v_prediction\n")).prediction == "v_prediction"
+    assert load_domain_file(written("cats.yaml", text)).prediction == "v_prediction"
+    assert "but celebahq-256 has epsilon" in problems_of(written("faces.yaml", "extends: celebahq-256\nprediction: sample\n"))[0]
+
+
+def test_low_rank_weights_get_a_rate_of_their_own_also_in_a_file(written: Written) -> None:
+    full = README_TUNING.learning_rate
+    for tuning, rate in (("rank: 8", full * LOW_RANK_RATE), ("rank: 8, learning_rate: 1e-3", 1e-3), ("epochs: 2", full)):
+        assert load_domain_file(written("cats.yaml", f"weights: diffusion\ntuning: {{{tuning}}}\n")).tuning.learning_rate == rate
+    pixelface = DOMAINS["pixelface"].tuning
+    assert load_domain_file(written("a.yaml", "extends: pixelface\ntuning: {rank: 4}\n")).tuning.learning_rate == pixelface.learning_rate
+
+
 def test_a_file_that_is_not_there_is_said_to_be_that(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"cats\.yaml does not exist"):
         load_domain_file(tmp_path / "cats.yaml")
@@ -140,6 +188,17 @@ def test_any_folder_of_a_diffusers_network_is_a_domain(tmp_path: Path, monkeypat
         assert (domain.name, domain.noun, domain.family, domain.image_size) == ("cats", "image", "", 16)
         assert domain.weights == str(tmp_path / "cats"), "workers may run elsewhere"
         assert (domain.recipe, domain.tuning) == (README_RECIPE, README_TUNING)
+
+
+def test_height_and_width_may_be_told_apart_where_they_are_equal(tmp_path: Path) -> None:
+    folder = save_diffusion(tmp_path / "cats", 16)
+    config = json.loads((folder / "config.json").read_text())
+    flops = call_flops(network_of(config))
+    (folder / "config.json").write_text(json.dumps(config | {"sample_size": [16, 16]}))
+    domain = domain_from_folder(folder)
+    assert domain.image_size == 16
+    assert load_base(domain.weights)(torch.zeros(1, 3, 16, 16), torch.tensor([3])).shape == (1, 3, 16, 16)
+    assert call_flops(network_of(network_config(domain))) == flops, "plans count with it too"
 
 
 def test_a_saved_pipeline_is_a_domain(tmp_path: Path) -> None:
@@ -164,7 +223,8 @@ def test_imported_weights_are_of_the_domain_that_they_extend(tmp_path: Path) -> 
     ("file", "change", "said"),
     [
         ("config.json", {"in_channels": 4}, "no network for square RGB images"),
-        ("config.json", {"sample_size": [16, 8]}, "no network for square RGB images"),
+        ("config.json", {"sample_size": [16, 8]}, r"for images of 16x8 pixels \(sample_size \[16, 8\]\); only square ones"),
+        ("config.json", {"sample_size": [16, 16, 16]}, "no network for square RGB images"),
         ("scheduler_config.json", {"prediction_type": "flow"}, "predicts flow"),
         ("config.json", None, "no config.json"),
         ("scheduler_config.json", None, "no scheduler_config.json"),
@@ -199,3 +259,6 @@ def test_a_folder_of_a_bucket_is_a_domain_with_paths_of_that_bucket(tmp_path: Pa
     fsspec.filesystem("memory").put(str(folder), "/domains/cats", recursive=True)
     domain = domain_from_folder("memory://domains/cats")
     assert (domain.name, domain.weights, domain.edits) == ("cats", "memory://domains/cats", "memory://domains/cats/edits")
+    (tmp_path / "cats.yaml").write_text("weights: memory://domains/cats\nprediction: sample\n")
+    (problem,) = problems_of(tmp_path / "cats.yaml")
+    assert "states prediction sample, but memory://domains/cats has epsilon" in problem

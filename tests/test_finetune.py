@@ -98,8 +98,9 @@ def papers_loss(images: Tensor, x0: Tensor, objective: Objective) -> dict[str, T
     return {"loss": 3 * clip_term + 1 * l1_term, "clip": clip_term, "l1": l1_term, "similarity": cosine.mean()}
 
 
-def gradient(model: nn.Module, loss: Tensor) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+def gradient(model: nn.Module, loss: Tensor, again: bool = False) -> Tensor:
+    """Of all parameters, one after the other; ``again``: others will be asked for from the same graph."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=again)])
 
 
 def test_loss_and_gradient_are_those_of_the_paper_written_out(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
@@ -202,6 +203,31 @@ def test_the_identity_loss_reaches_the_network_in_every_memory_mode(
     for losses in edit_losses(model, LATENTS, X0, faces):
         torch.testing.assert_close(losses["loss"], 0.5 * losses["identity"])
         assert float(gradient(model, losses["loss"]).abs().max()) > 1e-4  # zero in the official code's stepwise way
+
+
+@pytest.mark.parametrize("memory", ["full", "checkpoint", "stepwise"])
+def test_clip_l1_and_identity_together_are_the_papers_loss_and_gradient(
+    objective: Objective, fresh: Callable[[], nn.Module], memory: str
+) -> None:
+    """Eq. 10 with three weights that are neither 0 nor 1, written out; the identity is 1 - cos of the network's features."""
+    model, face = fresh(), Face()
+    tuning = replace(TUNING, clip_weight=1.7, l1_weight=0.6, id_weight=0.9, memory=memory)
+    faces = replace(objective, tuning=tuning, identity=face)  # type: ignore[arg-type]
+    got = list(edit_losses(model, LATENTS, X0, faces))
+    images, x = [], LATENTS
+    for t, level, below in papers_levels(objective.alpha_bars):
+        x0, x = papers_step(model, x.detach() if memory == "stepwise" else x, t, level, below)
+        images.append(x0)
+    for losses, image in zip(got, images if memory == "stepwise" else [x], strict=True):
+        ours, theirs = face.features(image), face.features(X0)
+        identity = (1 - (ours * theirs).sum(1) / ours.norm(dim=1) / theirs.norm(dim=1)).mean()
+        terms = papers_loss(image, X0, objective)
+        want = 1.7 * terms["clip"] + 0.6 * terms["l1"] + 0.9 * identity
+        torch.testing.assert_close(losses["loss"], want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(losses["identity"], identity, rtol=1e-4, atol=1e-4)
+        parts = [float(gradient(model, part, again=True).norm()) for part in (1.7 * terms["clip"], 0.6 * terms["l1"], 0.9 * identity)]
+        assert min(parts) > 1e-3, "each has a share in it"
+        torch.testing.assert_close(gradient(model, losses["loss"]), gradient(model, want, again=True), rtol=1e-3, atol=1e-4)
 
 
 def test_an_identity_weight_without_a_network_is_refused_and_never_a_silent_zero(objective: Objective) -> None:

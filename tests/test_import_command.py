@@ -11,6 +11,7 @@ from original_unets import assert_same, ddpm, outputs
 from test_checkpoints import WEIGHTS, WritesFile
 
 from jobs import import_command
+from models.domain_files import domain_from_folder
 from models.official import ARCHITECTURES
 from models.references import WeightsError
 from models.unet import load_base, load_edit_model
@@ -58,6 +59,13 @@ def test_a_fine_tuned_checkpoint_becomes_an_edit_model_with_the_texts_of_the_tab
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-2)  # stored as float16
 
 
+def test_a_base_model_has_the_noise_schedule_that_was_asked_for(tmp_path):
+    torch.save(ddpm().state_dict(), tmp_path / "cosine.pt")
+    done = run("import", str(tmp_path / "cosine.pt"), str(tmp_path / "base"), "--image-size", "256", "--schedule", "cosine")
+    assert "cosine noise schedule of 1000 steps" in " ".join(done.stdout.split())
+    assert domain_from_folder(tmp_path / "base").schedule == "squaredcos_cap_v2, 1000 timesteps"
+
+
 def test_weights_of_another_base_model_are_doubted(base, tmp_path, capsys):
     torch.save(ddpm(seed=1).state_dict(), tmp_path / "elf.pth")
     texts = {"source_text": "person", "target_text": "elf"}
@@ -79,6 +87,8 @@ def test_a_checkpoint_of_another_network_is_no_edit_model_of_a_domain(base, tmp_
         ({"architecture": "adm-255"}, "did you mean 'adm-256'?"),
         ({"domain": "celebahq"}, "unknown domain 'celebahq'"),
         ({"domain": "imagenet-512"}, "images of imagenet-512 are 512x512, those of this checkpoint 256x256"),
+        ({"schedule": "cos"}, "unknown schedule 'cos': allowed are linear, cosine"),
+        ({"schedule": "cosine", "edit": "pixar", "domain": "{base}"}, "the noise schedule of its base model"),
         ({"return_step": 5}, "--return-step belongs to --edit"),
         ({"edit": "pixar"}, "say which with --domain"),
         ({"edit": "../up", "domain": "{base}"}, "letters, digits"),

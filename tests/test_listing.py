@@ -36,6 +36,7 @@ def test_every_domain_is_listed_with_its_licence_and_the_way_to_its_weights() ->
         assert domain.licence in words
         assert domain.about in words
         assert domain.origin in words
+        assert f"{domain.about} network: predicts {domain.prediction}, noise of {domain.schedule} weights: " in words
         assert (f"diffusionclip import FILE OUT --domain {domain.name}" in words) == (domain.weights == "")
     (row,) = (line for line in said.splitlines() if line.startswith(" imagenet-256 ") and "256x256" in line)
     assert "photo" in row

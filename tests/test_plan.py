@@ -172,6 +172,16 @@ def test_training_is_planned_before_there_are_latents(told: Told, tmp_path: Path
     assert found["model_calls"]["all"] == 2 * 10 * 2 * 4
     assert found["gpus"] == 2
     assert len(found["bytes"]["written"]) == 2
+    assert "learning rate 0.002 for low-rank weights (rank 8): smiling, sad" in found["notes"]
+
+
+def test_the_rate_that_a_training_would_have_is_told(
+    told: Told, tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked = ("finetune", tmp_path / "latents", tmp_path / "models", "-a", "pixar", "--domain", "celebahq-256", "--gpus", "1")
+    for more, rate in (((), "8e-06 for the whole network"), (("--rank", "8"), "0.00016 for low-rank weights (rank 8)")):
+        assert f"learning rate {rate}: pixar" in told(*asked, *more, status=2)["notes"]
 
 
 def test_numbers_are_rounded_as_one_says_them() -> None:

@@ -19,6 +19,7 @@ from tiny import picture
 from models.conversion import config_of
 from models.diffusion import CLEAN, linear_alpha_bars, walk
 from models.official import ARCHITECTURES
+from models.recipe import MEMORY
 from models.unet import NoiseUNet, load_alpha_bars, load_base
 from models.weights import load_card
 from pipeline import codec, schema
@@ -96,7 +97,7 @@ def test_invert_finetune_in_every_memory_mode_and_edit_at_real_size(folder: Path
         limit=600,
     )
     assert pq.read_table(latents)["latent"].null_count == 0
-    for memory in ("full", "checkpoint", "stepwise"):
+    for memory in MEMORY:
         words = ("--name", memory, "--source-text", "face", "--target-text", "smiling face")
         sizes = ("--images", "2", "--epochs", "1", "--batch", "1", "--steps-down", "2", "--memory", memory)
         run("finetune", latents, models, *words, *sizes, *common, limit=900)
@@ -104,9 +105,9 @@ def test_invert_finetune_in_every_memory_mode_and_edit_at_real_size(folder: Path
         assert (card.images, card.steps) == (2, 2 if memory != "stepwise" else 4)
     losses = {memory: load_card(Path(models, f"{memory}.safetensors")).losses for memory in ("full", "checkpoint")}
     assert losses["full"] == pytest.approx(losses["checkpoint"], rel=1e-3, abs=1e-4)
-    words = ("-a", "full", "-a", "stepwise", "--models", models)
+    words = (*(word for memory in MEMORY for word in ("-a", memory)), "--models", models)
     run("edit", latents, str(out), *words, *common, "--workers", "1", "--batch", "1", "--steps-down", "2", limit=600)
-    for name in ("full", "stepwise"):
+    for name in MEMORY:
         table = pq.read_table(out / name)
         assert table["error"].null_count == 2
         edited = [codec.decode(data, 256) for data in schema.image_bytes(table["edited"])]

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from tiny import save_diffusion
 
+from jobs.finetune import tuning_for
 from jobs.requests import attribute_named, domain_named, edit_models, make_edits, parse_mix, recipe_for
 from models.domains import DOMAINS
+from models.recipe import retuned
 from pipeline.config import ConfigError, Source
 
 PIXELFACE = DOMAINS["pixelface"]
@@ -165,3 +167,24 @@ def test_options_of_fresh_noise_are_taken_where_there_is_some():
 def test_a_reconstruction_has_no_degree():
     with pytest.raises(ConfigError, match="a reconstruction has no degree"):
         make_edits(PIXELFACE, ["none"], [], [0.5], [])
+
+
+def test_low_rank_weights_are_trained_at_a_rate_of_their_own_unless_one_is_given():
+    celeba, small = DOMAINS["celebahq-256"], DOMAINS["pixelface"]
+    full = celeba.tuning.learning_rate
+    in_file = replace(celeba, tuning=retuned(celeba.tuning, {"rank": 8}))  # a domain file that asks for a rank
+    plain, published = attribute_named(celeba, "pixar"), attribute_named(celeba, "neanderthal")
+    for tuning, attribute, numbers, rate in (
+        (celeba.tuning, plain, {}, full),
+        (celeba.tuning, plain, {"rank": 8}, 20 * full),
+        (celeba.tuning, plain, {"rank": 8, "learning_rate": 3e-4}, 3e-4),
+        (celeba.tuning, published, {}, published.learning_rate),
+        (celeba.tuning, published, {"rank": 8}, 20 * published.learning_rate),
+        (in_file.tuning, plain, {}, 20 * full),
+        (in_file.tuning, published, {}, 20 * published.learning_rate),
+        (in_file.tuning, published, {"rank": None}, published.learning_rate),
+        (small.tuning, attribute_named(small, "hat"), {}, 2e-3),
+        (small.tuning, attribute_named(small, "hat"), {"rank": None}, 2e-3),
+        (small.tuning, attribute_named(small, "hat"), {"rank": 16}, 2e-3),
+    ):
+        assert tuning_for(tuning, attribute, numbers).learning_rate == pytest.approx(rate)

@@ -28,13 +28,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.recipe import Tuning
 from models.references import EVERY_NODE, public, told_in
 from models.weights import Card, fingerprint, save_edit_model
 from pipeline import codec
 from pipeline.config import ConfigError, TuneRun, versions
 from pipeline.dataset import block_dataset
 from pipeline.faults import JobError, explained
-from pipeline.sources import only_usable, plan_blocks
+from pipeline.sources import Input, only_usable, plan_blocks
 from pipeline.tuning import TunePlan
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def train_worker(run: TuneRun, journal: Any) -> None:
     tuning, context = run.tuning, ray.train.get_context()
     workers, rank = context.get_world_size(), context.get_world_rank()
     shard = ray.train.get_dataset_shard("train")
-    share = [-(-count // workers) for count in (max(tuning.images, tuning.choose_from), tuning.held_out)]
+    share = [-(-count // workers) for count in (rows_wanted(tuning) - tuning.held_out, tuning.held_out)]
     loading = ThreadPoolExecutor(1).submit(load_latents, shard, sum(share), run.domain.image_size, run.max_pixels)
 
     from models.finetune import alone, finetune, lacking, references, start_training, steps_per_epoch  # slow to import
@@ -257,6 +258,18 @@ class Journal:
         return self.latest
 
 
+def rows_wanted(tuning: Tuning) -> int:
+    """Usable latents that a training looks at: those that it trains on or chooses them from, and those held out."""
+    return max(tuning.images, tuning.choose_from) + tuning.held_out
+
+
+def first_usable(found: Input, count: int) -> ray.data.Dataset:
+    """The first ``count`` rows that were not rejected, in the order of the input; what lies behind them is not read."""
+    # Which rows are trained on and which held out must not depend on which block is read first.
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    return block_dataset(found, plan_blocks(found, 64)).map_batches(only_usable, batch_format="pyarrow").limit(count)
+
+
 def fit(plan: TunePlan, journal: Any) -> Tuned:
     """Trains one attribute with Ray Train and saves its edit model. Raises what the training raised."""
     run, started = plan.run, time.monotonic()
@@ -266,11 +279,6 @@ def fit(plan: TunePlan, journal: Any) -> Tuned:
     if run.overwrite:  # what an earlier try has left may be of the same request
         with suppress(FileNotFoundError):
             fs.rm(f"{storage}/{plan.name}", recursive=True)
-    wanted = run.tuning.images + run.tuning.held_out
-    # Which rows are trained on and which held out must not depend on which block is read first.
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    rows = [block for block in plan_blocks(plan.found, 64) if block.start < wanted * 2]
-    dataset = block_dataset(plan.found, rows).map_batches(only_usable, batch_format="pyarrow").limit(wanted)
     # A worker alone has nobody to agree with, and what workers agree through listens on all interfaces.
     trainer = (TorchTrainer if run.workers > 1 else DataParallelTrainer)(
         train_loop,
@@ -286,7 +294,7 @@ def fit(plan: TunePlan, journal: Any) -> Tuned:
             failure_config=FailureConfig(max_failures=DEATHS),
             callbacks=[FinalErrors()],  # type: ignore[list-item]  # typed as of the older Ray Train
         ),
-        datasets={"train": dataset},
+        datasets={"train": first_usable(plan.found, rows_wanted(run.tuning))},
     )
     result = trainer.fit()
     assert result.checkpoint is not None

@@ -18,8 +18,8 @@ setup: .venv/.ready
 demo: setup  ## the main job on the shipped images and weights, three to four minutes on two cores
 	@$(BIN)/diffusionclip demo
 
-test: setup  ## the whole test suite but for what takes minutes, three files of tests side by side
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
+test: setup  ## the whole test suite but for what takes minutes, two files of tests side by side
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 slow: setup  ## networks of real size with random weights, kills and lost nodes: half an hour on two cores
 	$(BIN)/python -m pytest -m slow

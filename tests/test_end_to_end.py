@@ -48,7 +48,8 @@ def run_watched(*words: str) -> set[tuple[str, str]]:
                 command = psutil.Process(job.pid)
                 for process in [command, *command.children(recursive=True)]:
                     with suppress(psutil.Error):
-                        name = Path(process.cmdline()[0].split()[0]).name
+                        words_of = " ".join(process.cmdline()).split() or [""]  # a process that has just ended has none
+                        name = Path(words_of[0]).name
                         heard |= {(name, at.laddr.ip) for at in process.net_connections("tcp") if at.status == psutil.CONN_LISTEN}
     assert job.returncode == 0, said
     return heard

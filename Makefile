@@ -21,7 +21,7 @@ demo: setup  ## the main job on the shipped images and weights, three to four mi
 test: setup  ## the whole test suite but for what takes minutes, two files of tests side by side
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-slow: setup  ## networks of real size with random weights, kills and lost nodes: half an hour on two cores
+slow: setup  ## networks of real size with random weights, kills and lost nodes: three quarters of an hour on two cores
 	$(BIN)/python -m pytest -m slow
 
 check: setup  ## linter, formatting, types

@@ -251,6 +251,7 @@ def test_a_disk_that_fills_up_ends_the_job_with_one_line_and_afterwards_it_goes_
     assert {name: row["latent"] for name, row in faulty.rows_of(run.output).items()} == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_when_rows_are_looked_at_alone_a_constructor_may_fail_or_die_at_first_and_not_for_ever(make_run: Make) -> None:
     plan = make_plan(make_run(3))

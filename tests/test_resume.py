@@ -324,6 +324,7 @@ def test_a_finished_run_asked_for_again_does_nothing_and_another_one_is_refused_
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("part-*.parquet")} == before
 
 
+@pytest.mark.slow
 def test_a_further_attribute_leaves_the_finished_ones_alone(source: Path, whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
     run("edit", str(source), str(whole), "-a", "none", "-a", "glasses", "-a", "sad", *TINY, *ROWS, "--steps-down", "3")
@@ -364,6 +365,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_file_lost_before_the_audit_ends_the_job_with_status_1_and_the_same_command_mends_it(source: Path, tmp_path: Path) -> None:
     words = ["invert", str(source), str(tmp_path / "latents"), *TINY, *ROWS]
     lost = subprocess.run([sys.executable, "-c", LOSING, *words], capture_output=True, text=True, timeout=280, check=False)
@@ -376,6 +378,7 @@ def test_a_file_lost_before_the_audit_ends_the_job_with_status_1_and_the_same_co
     assert len(pq.read_table(tmp_path / "latents")) == 24
 
 
+@pytest.mark.slow
 def test_in_a_bucket_a_run_goes_on_with_what_is_missing_too(source: Path, s3: str) -> None:
     store = fsspec.filesystem("s3")
     store.put(str(source), f"{s3}/resume/faces.parquet")

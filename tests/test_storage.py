@@ -154,7 +154,7 @@ def out_of_reach(without_credentials: str, monkeypatch: pytest.MonkeyPatch) -> s
     return f'Could not connect to the endpoint URL: "{os.environ["AWS_ENDPOINT_URL"]}/'
 
 
-@pytest.mark.parametrize("trouble", ["without_credentials", "out_of_reach"])
+@pytest.mark.parametrize("trouble", ["without_credentials", pytest.param("out_of_reach", marks=pytest.mark.slow)])
 def test_a_store_that_lets_nobody_in_or_does_not_answer_is_said_in_one_line_before_anything_starts(
     trouble: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def tune(tiny_domain: TinyDomain, tmp_path: Path) -> TuneRun:
     )
 
 
+@pytest.mark.slow
 def test_an_edit_model_is_trained_into_a_bucket_once_and_nothing_else_is_left_there(
     s3: str, tune: TuneRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_training_that_was_stopped_goes_on_from_its_checkpoint_in_the_bucket(h
     assert len(fsspec.filesystem("s3").find(f"{s3}/stopped")) == 2
 
 
+@pytest.mark.slow
 def test_an_attribute_that_fails_does_not_take_the_others_along_and_is_told_in_a_line_after_one_try(head: Cluster, tune: TuneRun) -> None:
     good = make_tune_plan(replace(tune, tuning=replace(tune.tuning, epochs=2)))
     bad = make_tune_plan(replace(tune, attribute="broken", max_pixels=10))

@@ -167,6 +167,8 @@ def place_problems(address: str, write: bool) -> list[str]:
                 fs.rm_file(f"{root}/.writable")
     except ConfigError as error:
         return list(error.problems)
+    except NotImplementedError:  # of a file system that can only be read
+        return [f"the output {shown} cannot be written to: its file system is for reading only"]
     return _folder_problems(Path(root)) if "file" in fs.protocol and not write else []
 
 

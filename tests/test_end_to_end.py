@@ -202,6 +202,7 @@ def lean(latents, tuned) -> Path:
     return tuned
 
 
+@pytest.mark.slow
 def test_a_low_rank_edit_model_is_small_and_says_so(lean):
     card = load_card(lean / "lean.safetensors")
     assert (card.rank, card.images, card.clips) == (2, 4, [PIXELFACE.clip])
@@ -209,6 +210,7 @@ def test_a_low_rank_edit_model_is_small_and_says_so(lean):
     assert (lean / "lean.safetensors").stat().st_size < (lean / "rosy.safetensors").stat().st_size / 8
 
 
+@pytest.mark.slow
 def test_mixes_by_ranges_of_timesteps_use_both_kinds_of_edit_models(lean, latents, tmp_path):
     mixes = ("--mix", "lean=0.5,rosy=0.5", "--mix", "0:lean=1;150:rosy=0.5,base=0.5")
     run("edit", str(latents), str(tmp_path), *mixes, "--models", str(lean), "--steps-down", "3", "--max-reject-rate", "0.5")
@@ -219,6 +221,7 @@ def test_mixes_by_ranges_of_timesteps_use_both_kinds_of_edit_models(lean, latent
     assert tables[0]["edited"] != tables[1]["edited"]
 
 
+@pytest.mark.slow
 def test_strokes_of_another_kind_are_brought_into_the_domain_before_they_are_edited(tuned, tmp_path):
     """A flat drawing comes nearer to what the model knows, the same one however often it is run and in whatever batch."""
     pictures = tmp_path / "strokes"

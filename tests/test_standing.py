@@ -96,7 +96,7 @@ def test_latents_of_which_rows_are_missing_are_neither_edited_nor_trained_on_and
     edit = Run(source=Source(path=folder), output=str(tmp_path / "out"), domain=domain, recipe=domain.recipe, edits=(Edit(),))
     tune = TuneRun(
         latents=folder,
-        output=tmp_path / "models",
+        output=str(tmp_path / "models"),
         domain=domain,
         attribute="smiling",
         source_text="face",

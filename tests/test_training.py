@@ -1,6 +1,10 @@
-"""What would be lost: edit models that are trained into a bucket, epochs when a process dies, attributes beside one that fails."""
+"""What would be lost: edit models that are trained into a bucket, epochs when a process dies, attributes beside one that fails,
+and the latents that were asked for."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,20 +12,24 @@ from pathlib import Path
 import faulty
 import fsspec
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TinyDomain
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
+from servers import ROOT
 from test_checks import save_latents
 from test_end_to_end import run
 
 from jobs.cli import _status
 from jobs.finetune import TrainingFailedError, finetune, train
+from models.domains import DOMAINS
 from models.recipe import Tuning
 from models.weights import edit_models_in, file_of, load_card
 from pipeline.config import ConfigError, TuneRun
-from pipeline.training import fit_all
+from pipeline.training import fit_all, rows_wanted
 from pipeline.tuning import make_tune_plan
 
 
@@ -144,3 +152,36 @@ def test_an_attribute_that_fails_does_not_take_the_others_along_and_is_told_in_a
     assert line.endswith("give the --max-pixels of invert, or invert again")
     assert sorted(file.name for file in Path(tune.output).iterdir()) == [".training", "smiling.json", "smiling.safetensors"]
     assert make_tune_plan(good.run).done
+
+
+# ---- which latents ---------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import ray
+from pipeline.config import Source
+from pipeline.sources import find
+from pipeline.training import first_usable
+
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+rows = first_usable(find(Source(path=sys.argv[1])), int(sys.argv[2])).take_all()
+print(",".join(row["id"] for row in rows))
+"""
+
+
+def test_the_first_usable_rows_are_taken_in_order_even_if_most_of_the_beginning_was_rejected(tmp_path: Path) -> None:
+    for i in range(5):
+        ids = [f"{64 * i + row:03d}" for row in range(64)]
+        errors = [None if int(name) % 100 == 3 or int(name) > 310 else "no face" for name in ids]
+        table = {"id": ids, "image": [b"x"] * 64, "latent": [[0.0]] * 64, "error": pa.array(errors, pa.string())}
+        pq.write_table(pa.table(table), tmp_path / f"part-{64 * i:012d}.parquet")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), "6"]
+    calm = {**os.environ, "RAY_worker_niceness": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=calm)
+    assert done.stdout.split()[-1:] == ["003,103,203,303,311,312"], done.stdout + done.stderr[-3000:]
+
+
+def test_as_many_latents_are_looked_at_as_the_images_are_to_be_chosen_from() -> None:
+    assert rows_wanted(Tuning(images=32, choose_from=96, held_out=4)) == 100
+    assert rows_wanted(Tuning(images=48)) == 48
+    assert rows_wanted(DOMAINS["pixelface"].tuning) == 96

@@ -6,6 +6,7 @@ Training continues from its last checkpoint in the build folder; the edit models
 import json
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,8 @@ DOMAIN = DOMAINS["pixelface"]
 AVATARS, HELD_OUT, TUNING = 24_000, 1_024, 96
 SMALL = ("mouth", "beard")
 """Factors that cover few pixels: CLIP's second phase looks at pairs that differ in them."""
+TINT = 0.1
+"""By how much channels of CLIP's pictures change in brightness and contrast, so that it follows no tint of a whole picture."""
 SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": 1000,
@@ -229,53 +232,45 @@ def diffusion(build: Build = BUILD, steps: int = 3000) -> None:
     (Path(DOMAIN.weights) / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
 
 
-@app.command()
-def clip(build: Build = BUILD, steps: int = 3000, small_steps: int = 2500) -> None:
-    """Train CLIP (half an hour on one core): first on all pairs, then half of them on the small factors."""
-    torch.manual_seed(0)
+def clip_phases(config: dict[str, Any], seed: int, build: Path) -> Any:
+    """``phase(name, steps, rate, ...)`` trains one network further and returns its averaged weights; each phase has a seed of its own."""
+    torch.manual_seed(seed)
     pictures, factors = load_pictures(build)
-    model, tokenizer = make_clip(), SimpleTokenizer(context_length=40)
+    model, tokenizer, seeds = make_clip(config["model_cfg"]), SimpleTokenizer(context_length=40), count(seed)
 
-    def phase(focus: tuple[str, ...], count: int, seed: int) -> Any:
-        return lambda optimizer, start: training.train_clip(
-            model, tokenizer, templates(), optimizer, pictures, factors, steps=count, start=start, focus=focus, seed=seed
-        )
+    def phase(name: str, steps: int, rate: float, **how: Any) -> dict[str, torch.Tensor]:
+        shared, own = (model, tokenizer, templates()), next(seeds)
 
-    model.load_state_dict(run("clip", model, steps, 1e-3, build, phase((), steps, 0)))
-    weights = run("clip-small", model, small_steps, 6e-4, build, phase(SMALL, small_steps, 1))
-    save_clip(Path(DOMAIN.clip), weights, CLIP_CONFIG, tokenizer)
+        def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
+            return training.train_clip(*shared, optimizer, pictures, factors, steps=steps, start=start, seed=own, **how)
+
+        weights = run(name, model, steps, rate, build, make)
+        model.load_state_dict(weights)
+        return weights
+
+    return phase
+
+
+@app.command()
+def clip(build: Build = BUILD, steps: int = 3000, small_steps: int = 2500, last_steps: int = 2000) -> None:
+    """Train CLIP (an hour on one core): on all pairs, then half of them on the small factors, then tinted and with listed captions."""
+    phase = clip_phases(CLIP_CONFIG, 0, build)
+    phase("clip", steps, 1e-3)
+    phase("clip-small", small_steps, 6e-4, focus=SMALL)
+    save_clip(Path(DOMAIN.clip), phase("clip-last", last_steps, 5e-4, focus=SMALL, tint=TINT, listed=0.5), CLIP_CONFIG)
 
 
 @app.command()
 def scoring_clip(build: Build = BUILD, steps: int = 3000) -> None:
     """Train the CLIP that takes part in no loss (a quarter of an hour on one core)."""
-    torch.manual_seed(7)
-    pictures, factors = load_pictures(build)
-    model, tokenizer = make_clip(SCORING_CLIP_CONFIG["model_cfg"]), SimpleTokenizer(context_length=40)
-
-    def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
-        return training.train_clip(
-            model,
-            tokenizer,
-            templates(),
-            optimizer,
-            pictures,
-            factors,
-            steps=steps,
-            start=start,
-            pairs=32,
-            focus=SMALL,
-            tint=0.1,
-            seed=7,
-        )
-
+    weights = clip_phases(SCORING_CLIP_CONFIG, 7, build)("scoring-clip", steps, 1.5e-3, pairs=32, focus=SMALL, tint=TINT)
     assert DOMAIN.scoring_clip is not None
-    save_clip(Path(DOMAIN.scoring_clip), run("scoring-clip", model, steps, 1.5e-3, build, make), SCORING_CLIP_CONFIG, tokenizer)
+    save_clip(Path(DOMAIN.scoring_clip), weights, SCORING_CLIP_CONFIG)
 
 
-def save_clip(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any], tokenizer: SimpleTokenizer) -> None:
+def save_clip(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(half(zero_unseen_words(weights, tokenizer)), folder / "open_clip_model.safetensors")
+    save_file(half(zero_unseen_words(weights, SimpleTokenizer(context_length=40))), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

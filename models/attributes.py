@@ -28,12 +28,12 @@ class Attribute:
 
 
 def _pixelface(name: str, source: str, target: str, factor: str, value: str) -> Attribute:
-    weight = COLOR_L1_WEIGHT if factor in ("hair_color", "skin") else None
+    weight = COLOR_L1_WEIGHTS.get(factor)
     return Attribute(name=name, family="pixelface", source=source, target=target, changes=(factor, value), l1_weight=weight)
 
 
-COLOR_L1_WEIGHT = 1.0
-"""A colour covers more pixels than a thing, so that the same distance would hold it back more."""
+COLOR_L1_WEIGHTS = {"hair_color": 1.0, "skin": 0.5}
+"""The more pixels an edit must change, the more the same distance would hold it back."""
 
 
 def _official(

@@ -131,6 +131,27 @@ def test_what_a_caption_says_is_true() -> None:
         assert f"on a {factors['background']} background" in text
 
 
+def test_a_listed_caption_says_the_same_side_by_side_in_any_order() -> None:
+    rng, subjects = np.random.default_rng(6), {"face", "person", "portrait", "character"}
+    firsts = set()
+    for avatar in avatars(300):
+        factors = avatar["factors"]
+        asked = [name for name in FACTORS if rng.random() < 0.4]
+        text = caption(factors, asked, rng, listed=True)
+        parts = text.split(", ")
+        assert [name for name in FACTORS if mentions(text, name)] == asked, text
+        hair = {"hair_color", "hair_length"} <= set(asked)
+        assert len(set(parts) - subjects) == len(asked) - hair, text
+        assert not any(part.startswith(("with ", "in ", "on ", "wearing ")) for part in parts), text
+        for thing, words in THINGS.items():
+            if thing in asked:
+                absent = re.search(rf"(?<!\w)(no|without) ({words})(?!\w)", text) is not None
+                assert absent == (factors[thing] == "no"), text
+        firsts.add(parts[0] in subjects)
+        assert parts[0] in subjects or asked
+    assert firsts == {True, False}
+
+
 def test_a_caption_without_factors_is_a_bare_noun() -> None:
     rng = np.random.default_rng(4)
     assert {caption(avatars(1)[0]["factors"], [], rng) for _ in range(50)} == {"face", "person", "portrait", "character"}

@@ -1,6 +1,7 @@
 """What would be lost: the shipped networks can be trained again, to the same weights, stopped and resumed at will."""
 
 import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -97,6 +98,16 @@ def test_captions_of_a_pair_mention_the_same_factors_and_what_tells_them_apart()
         assert texts[row] != texts[row + 60]
         assert texts[row].split()[:1] == texts[row + 60].split()[:1], "the templates differ"
     assert set(mentions.sum(1).tolist()) == {1, 2, 3, 4}
+
+
+def test_the_share_of_listed_captions_is_that_asked_for_and_both_of_a_pair_are_alike() -> None:
+    factors, a, b = drawn_factors(200), np.arange(200) * GROUP, np.arange(200) * GROUP + 1
+    texts, _ = captions_for_pairs(factors, a, b, ["a {}."], np.random.default_rng(0), listed=0.5)
+    lists = [not re.search(r"\b(with|in|wearing|on) ", text) and "," in text for text in texts]
+    plain, _ = captions_for_pairs(factors, a, b, ["a {}."], np.random.default_rng(0))
+    assert 0.3 < np.mean(lists) < 0.5, "half, but for lists of one"
+    bare = [not re.search(r"\b(with|in|wearing|on|without) ", text) and "," in text for text in plain]
+    assert not any(bare)
 
 
 def test_captions_depend_on_the_generator_alone() -> None:

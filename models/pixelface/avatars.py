@@ -136,11 +136,11 @@ _HAIR_COLOR = {v: (v,) for v in FACTORS["hair_color"]} | {"blond": ("blond", "bl
 _ABSENT = ("no {}", "without {}")
 
 
-def caption(factors: dict[str, str], mentioned: Sequence[str], rng: Generator) -> str:
+def caption(factors: dict[str, str], mentioned: Sequence[str], rng: Generator, *, listed: bool = False) -> str:
     """A noun phrase without an article that mentions just these factors, e.g. ``smiling face with red hair``.
 
     Adjectives first (mouth, skin), then hair, then things worn, then clothing and background; order within a group and
-    synonyms are random.
+    synonyms are random. ``listed``: what is to be seen, set side by side in any order, e.g. ``red hair, no hat, smiling face``.
     """
 
     def word(options_: Sequence[str]) -> str:
@@ -170,7 +170,19 @@ def caption(factors: dict[str, str], mentioned: Sequence[str], rng: Generator) -
         parts.append(f"on a {factors['background']} background")
     rng.shuffle(adjectives)
     rng.shuffle(parts)
+    if listed:
+        seen = [_bare(part) for part in parts] + adjectives + [word(_SUBJECTS)] * bool(rng.random() < 0.7 or not (parts or adjectives))
+        rng.shuffle(seen)
+        return ", ".join(seen)
     return " ".join([*adjectives, word(_SUBJECTS), ", ".join(parts)]).strip()
+
+
+def _bare(part: str) -> str:
+    """``with red hair`` -> ``red hair``, ``on a pink background`` -> ``pink background``; ``without hat`` stays."""
+    for start in ("with ", "in ", "wearing ", "on "):
+        if part.startswith(start):
+            return part.removeprefix(start).removeprefix("a ")
+    return part
 
 
 def vocabulary() -> list[str]:

@@ -109,11 +109,12 @@ def _pair(rows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
 
 def captions_for_pairs(
-    factors: np.ndarray, a: np.ndarray, b: np.ndarray, templates: list[str], rng: np.random.Generator
+    factors: np.ndarray, a: np.ndarray, b: np.ndarray, templates: list[str], rng: np.random.Generator, listed: float = 0.0
 ) -> tuple[list[str], np.ndarray]:
     """Captions of both pictures of each pair, and which factors each mentions (bool, (2P, 9)).
 
     Both captions of a pair mention the same factors, the differing one among them, in the same template and alike in words.
+    ``listed`` is the share of pairs whose captions are lists of what is to be seen.
     """
     texts: tuple[list[str], list[str]] = ([], [])
     mentions = np.zeros((len(a), len(_NAMES)), bool)
@@ -123,10 +124,11 @@ def captions_for_pairs(
         mentions[row, [differing, *others]] = True
         words_seed = int(rng.integers(2**32))
         template = str(rng.choice(templates)) if rng.random() < 0.6 else "a {}."
+        as_list = bool(listed and rng.random() < listed)
         for side, index in zip(texts, (i, j), strict=True):
             named = {name: FACTORS[name][factors[index, k]] for k, name in enumerate(_NAMES)}
             said = [_NAMES[k] for k in np.flatnonzero(mentions[row])]
-            side.append(template.format(caption(named, said, np.random.default_rng(words_seed))))
+            side.append(template.format(caption(named, said, np.random.default_rng(words_seed), listed=as_list)))
     return texts[0] + texts[1], np.concatenate([mentions, mentions])
 
 
@@ -165,12 +167,13 @@ def train_clip(
     pairs: int = 64,
     focus: Sequence[str] = (),
     tint: float = 0.0,
+    listed: float = 0.0,
     seed: int = 0,
 ) -> Iterator[float]:
     """Contrastive training on pairs of counterfactual pictures and their captions; pictures get some noise.
 
     Half of the pairs differ in one of the ``focus`` factors, if any are given. ``tint`` is the most by which brightness and
-    contrast of a picture's channels change, in units of [-1, 1].
+    contrast of a picture's channels change, in units of [-1, 1]; ``listed`` the share of pairs whose captions are lists.
 
     Plain contrastive training takes the easy colours and leaves the mouth at chance; a partner that differs in one
     factor only makes every factor count.
@@ -184,7 +187,7 @@ def train_clip(
             half = pairs // 2
             chosen = rng.integers(0, len(focused), half)
             a[:half], b[:half] = focused[chosen].T
-        texts, mentions = captions_for_pairs(factors, a, b, templates, rng)
+        texts, mentions = captions_for_pairs(factors, a, b, templates, rng, listed)
         which = np.concatenate([a, b])
         satisfies = ((factors[which][:, None] == factors[which][None]) | ~mentions[None]).all(-1)
         pixels = tinted(to_pixels(images[which]), tint, rng) if tint else to_pixels(images[which])

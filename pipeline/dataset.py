@@ -262,6 +262,7 @@ def _manifest(plan: Plan, output: Output, report: Report, state: str, seconds_be
         "ranges": edit.ranges if edit else None,
         "score_clip": public(run.clip) if edit and run.clip else None,
         "rows": report.rows,
+        "files": len(plan.blocks),
         "resumed_rows": plan.rows_kept(output),
         "rejected": report.rejected,
         "reasons": dict(report.reasons.most_common(20)),

@@ -15,7 +15,7 @@ from fsspec.core import url_to_fs
 from models.references import public
 from pipeline.config import ConfigError
 from pipeline.faults import refused
-from pipeline.manifest import FAILED, RECORD, RUNNING, is_finished, read_manifest
+from pipeline.manifest import FAILED, FINISHED, RECORD, RUNNING, is_finished, read_manifest
 from pipeline.resume import THREADS
 
 
@@ -79,14 +79,26 @@ def folders_at(address: str) -> list[str]:
 
 
 def unfinished(folders: Iterable[str]) -> list[str]:
-    """Why datasets may not be worked on: their runs have not come to an end, so that rows are missing, or ended with wrong ids; a
-    sentence for each. Folders without a record of a run are passed over."""
+    """Why datasets may not be worked on: their runs have not come to an end, so that rows are missing, or ended with wrong ids, or rows
+    were lost since then; a sentence for each. Folders without a record of a run are passed over."""
     found = [(folder, read_manifest(folder)) for folder in dict.fromkeys(folders)]
-    return [_told(_standing(folder, manifest), manifest) for folder, manifest in found if not is_finished(manifest)]
+    suspect = [(_standing(f, manifest), manifest) for f, manifest in found if not is_finished(manifest) or _has_other_files(f, manifest)]
+    return [_told(standing, manifest) for standing, manifest in suspect if standing.left or not is_finished(manifest)]
+
+
+def _has_other_files(folder: str, manifest: dict[str, Any]) -> bool:
+    """Whether a finished run wrote more or fewer files than are there, so that it is worth looking into them."""
+    fs, root = url_to_fs(folder)
+    return "files" in manifest and len(fs.glob(f"{root}/part-*.parquet")) != manifest["files"]
 
 
 def _told(standing: Standing, manifest: dict[str, Any]) -> str:
     command = f": {manifest['command']}" if manifest.get("command") else ""
+    if standing.state == FINISHED:
+        return (
+            f"{standing.folder} has {standing.done} of the {standing.rows} rows that its run wrote; remove {RECORD} there if that is meant, "
+            f"or give the command that made it again for the others{command}"
+        )
     if standing.state == FAILED:
         return (
             f"{standing.folder} failed its audit: its ids are not those of its input; give the command that made it again first, "

@@ -110,7 +110,10 @@ def test_latents_of_which_rows_are_missing_are_neither_edited_nor_trained_on_and
     # As part of a folder too.
     parent = replace(edit, source=Source(path=folder.rpartition("/")[0]), output=f"{tmp_path}-out")
     assert problems(lambda: make_plan(parent))[0].startswith(says.format(folder))
-    write_manifest(folder, {"state": FINISHED, "rows": 3})
+    write_manifest(folder, {"state": FINISHED, "rows": 24, "files": 8, "command": "invert x"})  # since then seven were removed
+    (lost,) = problems(lambda: make_plan(edit))
+    assert lost.startswith(f"{folder} has 3 of the 24 rows that its run wrote; remove _run.json there if that is meant, or give the")
+    write_manifest(folder, {"state": FINISHED, "rows": 3, "files": 8})  # or were joined
     assert make_plan(edit).found.rows == make_tune_plan(tune).found.rows == 3
 
 

@@ -54,6 +54,56 @@ def test_blocks_of_different_sizes_reach_the_actors_whole(gpus: str, tmp_path: P
     assert done.stdout.split()[-2:] == ["True", "6"], done.stdout + done.stderr[-3000:]
 
 
+POOL = """
+import os, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+import ray
+from pipeline import dataset, worker
+from pipeline.config import Resources, Source
+from pipeline.sources import find, plan_blocks
+
+def until(seen):
+    for _ in range(600):
+        if seen():
+            return
+        threading.Event().wait(0.1)
+    raise TimeoutError("it was not seen within a minute")
+
+class Waiting:
+    def __init__(self, *arguments):
+        Path(FOLDER, f"actor-{os.getpid()}").touch()
+    def __call__(self, table):
+        block = worker.unpack(table["block"][0])
+        until(lambda: len(list(Path(FOLDER).glob("actor-*"))) == 3)
+        if block["id"][0].as_py() == "0":  # the first, so that it is under way when all others are done
+            until(lambda: ray.available_resources().get("CPU", 0) == 3)
+        return worker.receipt(start=block["__row__"][0].as_py(), rows=len(block), errors=[])
+
+FOLDER = sys.argv[2]
+dataset.Worker = Waiting
+ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+found = find(Source(path=sys.argv[1]))
+run = SimpleNamespace(resources=Resources(workers=int(sys.argv[3]), cpus=1))
+plan = SimpleNamespace(run=run, found=found, writing=())
+print(sum(sum(r["rows"].to_pylist()) for r in dataset._receipts(plan, plan_blocks(found, 1))))
+"""
+
+
+@pytest.mark.parametrize(("rows", "workers"), [(9, 3), (3, 4)])
+def test_a_pool_has_as_many_actors_as_are_queued_blocks_and_gives_back_those_that_have_nothing_left_to_do(
+    rows: int, workers: int, tmp_path: Path
+) -> None:
+    """Three actors start; while one still works on its block the others' CPUs are free again."""
+    pq.write_table(pa.table({"id": [str(i) for i in range(rows)], "image": [b"x"] * rows}), tmp_path / "x.parquet", row_group_size=1)
+    actors = tmp_path / "actors"
+    actors.mkdir()
+    command = [sys.executable, "-c", POOL, str(tmp_path / "x.parquet"), str(actors), str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.stdout.split()[-1:] == [str(rows)], done.stdout + done.stderr[-3000:]
+    assert len(list(actors.iterdir())) == 3
+
+
 def user_columns() -> dict[str, pa.Array]:
     """Three rows of every kind of column that Parquet holds, nulls among them."""
     return {

@@ -96,8 +96,8 @@ def _told(standing: Standing, manifest: dict[str, Any]) -> str:
     command = f": {manifest['command']}" if manifest.get("command") else ""
     if standing.state == FINISHED:
         return (
-            f"{standing.folder} has {standing.done} of the {standing.rows} rows that its run wrote; remove {RECORD} there if that is meant, "
-            f"or give the command that made it again for the others{command}"
+            f"{standing.folder} has {standing.done} of the {standing.rows} rows that its run wrote; remove {RECORD} there if that is "
+            f"meant, or give the command that made it again for the others{command}"
         )
     if standing.state == FAILED:
         return (

@@ -34,6 +34,7 @@ from pipeline.config import Resources, Run, Source
 MIB = 2**20
 SIDE = 16
 FILE_ROWS = 1000
+BLOCK_ROWS = 50
 KINDS = {"driver": "the driver", "worker": "all workers", "ray": "Ray's own processes", "node": "the whole node"}
 
 
@@ -61,7 +62,7 @@ def save_rows(folder: Path, rows: int) -> Path:
         count = min(FILE_ROWS, rows - start)
         pixels = np.random.default_rng(start).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
         table = pa.table({"id": [f"row-{start + i:09d}" for i in range(count)], "image": [png(p) for p in pixels]})
-        pq.write_table(table, folder / f"{start:09d}.parquet", row_group_size=50)
+        pq.write_table(table, folder / f"{start:09d}.parquet", row_group_size=BLOCK_ROWS)
     return folder
 
 
@@ -78,7 +79,7 @@ def request(folder: Path) -> Run:
         output=str(folder / "latents"),
         domain=domain,
         recipe=domain.recipe,
-        resources=Resources(workers=2, batch=50, block_rows=50),
+        resources=Resources(workers=2, batch=50, block_rows=BLOCK_ROWS),
         command="python -m benchmarks.memory_rows",
     )
 
@@ -125,17 +126,21 @@ def watched(folder: Path, rows: int) -> Iterator[tuple[int, dict[str, float]]]:
     yield rows, dict.fromkeys(KINDS, 0.0)
 
 
-def peaks(rows: int) -> dict[str, float]:
-    """The greatest sizes in MiB over a run of so many rows."""
-    greatest = dict.fromkeys(KINDS, 0.0)
+def run_of(rows: int) -> dict[str, Any]:
+    """The greatest sizes in MiB over a run of so many rows, and what the driver held when a tenth of them and when the last were done:
+    before that come its imports, afterwards the audit."""
+    greatest, under_way = dict.fromkeys(KINDS, 0.0), []
     with tempfile.TemporaryDirectory() as temporary, display(f"{rows} rows", rows) as shown:
         folder = Path(temporary)
         save_network(folder / "network")
         save_rows(folder / "rows", rows)
         for done, now in watched(folder, rows):
             greatest = {kind: max(value, now[kind]) for kind, value in greatest.items()}
+            if rows / 10 <= done < rows:
+                under_way.append(round(now["driver"], 1))
             shown.update(done, f"driver {now['driver']:.0f} MiB, node {now['node']:.0f} MiB")
-    return greatest
+    mib = {kind: round(value, 1) for kind, value in greatest.items()}
+    return {"rows": rows, "blocks": rows // BLOCK_ROWS, "mib": mib, "driver_from_a_tenth_to_the_last": [under_way[0], under_way[-1]]}
 
 
 def main(
@@ -147,11 +152,13 @@ def main(
     if run:
         carry_out(run)
         return
-    counts = sorted(rows or [1000, 16000])
-    results = [{"rows": count, "mib": {kind: round(value, 1) for kind, value in peaks(count).items()}} for count in counts]
+    counts = sorted(rows or [1000, 4000, 16000])
+    results = [run_of(count) for count in counts]
     few, many = results[0]["mib"], results[-1]["mib"]
     ratios: dict[str, Any] = {kind: round(many[kind] / few[kind], 3) for kind in KINDS}
     lines = [(words, f"{few[kind]:.0f} -> {many[kind]:.0f} MiB, {ratios[kind]:.2f}x") for kind, words in KINDS.items()]
+    first, last = results[-1]["driver_from_a_tenth_to_the_last"]
+    lines.append((f"the driver over the last nine tenths of {counts[-1]} rows", f"{first:.1f} -> {last:.1f} MiB"))
     console.print(count_table(f"peak memory, {counts[0]} and {counts[-1]} rows", lines))
     if out:
         out.write_text(json.dumps({"machine": machine(), "runs": results, "ratios": ratios}, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Running a planned pass with progress, and saying how it went."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from jobs.progress import console, display, late_display
@@ -30,8 +31,9 @@ def carry_out(run: "Run", name: str, address: str | None, verbose: bool) -> None
         late_display("check ids", "rows") as on_ids,
     ):
         plan = make_plan(run, on_files, on_ids)
-    with ray_session(address, verbose):
-        refuse_too_much(address, run.resources.gpus, run.resources.cpus)
+    with ray_session(address, verbose) if plan.left else nullcontext():
+        if plan.left:
+            refuse_too_much(address, run.resources.gpus, run.resources.cpus)
         run_plan(plan, name)
 
 
@@ -44,7 +46,8 @@ def run_plan(plan: "Plan", name: str) -> "Report":
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     if plan.done.rows:
-        console.print(f"{name}: {plan.done.rows} of {plan.found.rows} rows are there from an earlier run; going on with the others")
+        rest = "going on with the others" if plan.left else "nothing is left to do"
+        console.print(f"{name}: {plan.done.rows} of {plan.found.rows} rows are there from an earlier run; {rest}")
     for output in plan.pending:
         if (rows := plan.rows_kept(output)) > plan.done.rows:
             console.print(f"{output.folder}: {rows} of {plan.found.rows} rows are there and are left as they are")

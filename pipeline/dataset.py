@@ -18,7 +18,8 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayActorError
 
 from models.references import EVERY_NODE, public, told_in
-from pipeline.config import ConfigError, Source, versions
+from pipeline.aligning import Aligner
+from pipeline.config import AlignRun, ConfigError, Source, versions
 from pipeline.faults import AGAIN, JobError, explained, from_bytes
 from pipeline.ids import check_ids
 from pipeline.isolation import Attempts, finish, last_line
@@ -143,6 +144,8 @@ def _receipts(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
 
 def _worker(plan: Plan) -> tuple[type[BlockWorker], tuple[Any, ...]]:
     """What the workers of a plan are, and what they are made of."""
+    if isinstance(plan.run, AlignRun):
+        return Aligner, (plan.run, plan.writing)
     return Worker, (plan.run, plan.writing, plan.found.has_latents)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schema
@@ -195,9 +194,3 @@ def pack(table: pa.Table) -> pa.Table:
 def unpack(cell: pa.LargeBinaryScalar) -> pa.Table:
     """The block that ``pack`` made a cell of; nothing is copied."""
     return pa.ipc.open_stream(cell.as_buffer()).read_all()
-
-
-def split_blocks(table: pa.Table) -> Iterator[pa.Table]:
-    """One table a block: a task may be given several blocks at once, but each has a file of its own."""
-    for start in pc.unique(table[schema.BLOCK]).to_pylist():
-        yield table.filter(pc.equal(table[schema.BLOCK], start))

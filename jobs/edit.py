@@ -75,6 +75,7 @@ def edit(
     from jobs.running import carry_out
     from jobs.session import command_line
     from pipeline.config import Resources, Run, Source
+    from pipeline.plan import make_plan
 
     chosen = domain_named(domain)
     source = Source(
@@ -116,4 +117,4 @@ def edit(
         retry_rejects=retry_rejects,
         command=command_line(),
     )
-    carry_out(run, "edit", address, verbose)
+    carry_out(run, make_plan, "edit", address, verbose)

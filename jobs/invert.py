@@ -51,6 +51,7 @@ def invert(
     from jobs.running import carry_out
     from jobs.session import command_line
     from pipeline.config import Resources, Run, Source
+    from pipeline.plan import make_plan
 
     chosen = domain_named(domain)
     source = Source(
@@ -86,4 +87,4 @@ def invert(
         retry_rejects=retry_rejects,
         command=command_line(),
     )
-    carry_out(run, "invert", address, verbose)
+    carry_out(run, make_plan, "invert", address, verbose)

@@ -6,7 +6,7 @@ import typer
 
 from jobs import options as o
 
-Output = Annotated[str, typer.Argument(help="The output of invert or edit; any fsspec address.")]
+Output = Annotated[str, typer.Argument(help="The output of align, invert or edit; any fsspec address.")]
 MOST = 5
 """Reasons that are told."""
 

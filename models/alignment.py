@@ -43,6 +43,8 @@ class Landmarker:
 
     detector: Any
     predictor: Any
+    version: str
+    """Of dlib."""
 
 
 @lru_cache(maxsize=2)
@@ -64,7 +66,7 @@ def load_landmarker(model: str | None = None) -> Landmarker:
         raise WeightsError(f"{file} is not a shape predictor of dlib's: {str(error).splitlines()[0][:160]}") from None
     if points != 68:
         raise WeightsError(f"{file} predicts {points} points; eyes and mouth are taken from a predictor of 68")
-    return Landmarker(dlib.get_frontal_face_detector(), predictor)
+    return Landmarker(dlib.get_frontal_face_detector(), predictor, dlib.__version__)
 
 
 def _packaged_model() -> Path:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from models.references import public_text
-from pipeline.schema import MAX_BLOCK_BYTES, MAX_PIXELS
+from pipeline.schema import ALIGNED, MAX_BLOCK_BYTES, MAX_PIXELS
 
 if TYPE_CHECKING:  # so that processes that only read rows need not import torch
     from models.domains import Domain
@@ -138,18 +138,11 @@ def _with_base(parts: list[float]) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One pass over a dataset: without edits it makes latents, with edits one dataset for each, in a folder of its own."""
+class Pass:
+    """One pass over a dataset, whatever it makes of the rows."""
 
     source: Source
     output: str
-    domain: "Domain"
-    recipe: "Recipe"
-    edits: tuple[Edit, ...] = ()
-    score_clip: str | None = None
-    """The CLIP that scores edits; the domain's own if None, no CLIP at all if ``none``."""
-    identity: str | None = None
-    """Reference of face recognition weights; with them edits are scored for identity."""
     resources: Resources = field(default_factory=Resources)
     max_reject_rate: float = 0.1
     overwrite: bool = False
@@ -158,6 +151,55 @@ class Run:
     """Compute blocks with rejects again, too."""
     command: str = ""
     """The command line that asked for this run, for the record."""
+
+    @property
+    def kind(self) -> str:
+        """Of the tables that it writes, as ``pipeline.schema`` names them."""
+        raise NotImplementedError
+
+    def problems(self) -> list[str]:
+        """Everything that is impossible in the numbers."""
+        found = self.resources.problems()
+        if self.overwrite and self.retry_rejects:
+            found.append("--overwrite computes everything again, rejects too; leave --retry-rejects out")
+        if not 0 <= self.max_reject_rate <= 1:
+            found.append(f"the greatest share of rejects must lie between 0 and 1; got {self.max_reject_rate}")
+        if self.source.limit is not None and self.source.limit < 1:
+            found.append(f"the limit of rows must be at least 1; got {self.source.limit}")
+        if self.source.max_block_bytes < 2**20:
+            found.append(f"--max-block-bytes must be at least 1048576 (1 MiB); got {self.source.max_block_bytes}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignRun(Pass):
+    """Cuts a face out of each photograph."""
+
+    size: int = 256
+    """Height and width of the faces."""
+    landmark_model: str | None = None
+    """Reference of a 68-point shape predictor of dlib's; that of the extra ``align`` if None."""
+
+    @property
+    def kind(self) -> str:
+        return ALIGNED
+
+    def problems(self) -> list[str]:
+        odd = [] if 16 <= self.size <= 4096 else [f"the size of aligned faces must lie between 16 and 4096; got {self.size}"]
+        return super().problems() + odd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Pass):
+    """Without edits it makes latents, with edits one dataset for each, in a folder of its own."""
+
+    domain: "Domain"
+    recipe: "Recipe"
+    edits: tuple[Edit, ...] = ()
+    score_clip: str | None = None
+    """The CLIP that scores edits; the domain's own if None, no CLIP at all if ``none``."""
+    identity: str | None = None
+    """Reference of face recognition weights; with them edits are scored for identity."""
 
     @property
     def kind(self) -> str:
@@ -170,15 +212,7 @@ class Run:
 
     def problems(self, timesteps: int = 1000) -> list[str]:
         """Everything that is impossible in the numbers, for a base model with a schedule of so many timesteps."""
-        found = self.recipe.problems(timesteps) + self.resources.problems()
-        if self.overwrite and self.retry_rejects:
-            found.append("--overwrite computes everything again, rejects too; leave --retry-rejects out")
-        if not 0 <= self.max_reject_rate <= 1:
-            found.append(f"the greatest share of rejects must lie between 0 and 1; got {self.max_reject_rate}")
-        if self.source.limit is not None and self.source.limit < 1:
-            found.append(f"the limit of rows must be at least 1; got {self.source.limit}")
-        if self.source.max_block_bytes < 2**20:
-            found.append(f"--max-block-bytes must be at least 1048576 (1 MiB); got {self.source.max_block_bytes}")
+        found = self.recipe.problems(timesteps) + super().problems()
         for edit in self.edits:
             if not -5 <= edit.degree <= 5:
                 found.append(f"the degree must lie between -5 and 5 (0 = reconstruction, 1 = full edit); got {edit.degree}")

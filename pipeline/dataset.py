@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,16 +18,17 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayActorError
 
 from models.references import EVERY_NODE, public, told_in
-from pipeline.config import ConfigError, Source, versions
+from pipeline.aligning import Aligner
+from pipeline.config import AlignRun, ConfigError, Source, versions
 from pipeline.faults import AGAIN, JobError, explained, from_bytes
 from pipeline.ids import check_ids
 from pipeline.isolation import Attempts, finish, last_line
 from pipeline.manifest import FAILED, FINISHED, RUNNING, read_manifest, write_manifest
-from pipeline.plan import Plan, of_latents
+from pipeline.plan import Plan
 from pipeline.resume import clear, file_name
 from pipeline.sources import Block, Input, find, read_block
 from pipeline.standing import seconds_spent
-from pipeline.worker import Output, Worker, read_packed
+from pipeline.worker import BlockWorker, Output, Worker, read_packed
 
 DEATHS = 3
 """So often a block may end its worker process, or lose its node, before it is looked at alone."""
@@ -133,7 +134,7 @@ def _receipts(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
             yield receipt
     if not left:
         return
-    attempts = Attempts(plan.run.resources, Worker, (plan.run, plan.writing, plan.found.has_latents), plan.found.shared)
+    attempts = Attempts(plan.run.resources, *_worker(plan), plan.found.shared)
     try:
         for block in left.values():
             yield finish(attempts, block)
@@ -141,9 +142,16 @@ def _receipts(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
         attempts.end()
 
 
+def _worker(plan: Plan) -> tuple[type[BlockWorker], tuple[Any, ...]]:
+    """What the workers of a plan are, and what they are made of."""
+    if isinstance(plan.run, AlignRun):
+        return Aligner, (plan.run, plan.writing)
+    return Worker, (plan.run, plan.writing, plan.found.has_latents)
+
+
 def _pass(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
     """The receipts of blocks as a pool of workers finishes them. A block that died ``DEATHS`` times has none."""
-    run = plan.run
+    run, (worker, arguments) = plan.run, _worker(plan)
     on_gpu = run.resources.gpus > 0
     most = max(LOST_ALWAYS, int(LOST_SHARE * len(blocks)))
     with (
@@ -151,10 +159,10 @@ def _pass(plan: Plan, blocks: list[Block]) -> Generator[pa.Table]:
         _settings(max_errored_blocks=most, actor_init_retry_on_errors=True, execution_no_progress_timeout_s=PATIENCE),
     ):
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # Ray has no other place for max_task_retries yet
-        rows, kind = (_read_ahead(plan.found.shared, blocks), Worker) if on_gpu else (_names(blocks), reading(Worker, plan.found.shared))
+        rows, kind = (_read_ahead(plan.found.shared, blocks), worker) if on_gpu else (_names(blocks), reading(worker, plan.found.shared))
         receipts = rows.map_batches(
             kind,
-            fn_constructor_args=(run, plan.writing, plan.found.has_latents),
+            fn_constructor_args=arguments,
             compute=_pool(min(run.resources.workers, len(blocks))),
             batch_size=1,
             batch_format="pyarrow",
@@ -189,7 +197,7 @@ def _read_ahead(found: Input, blocks: list[Block]) -> ray.data.Dataset:
     return _names(blocks).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.5, max_retries=DEATHS - 1)
 
 
-def reading(kind: type[Worker], found: Input) -> type[Worker]:
+def reading(kind: type[BlockWorker], found: Input) -> type[BlockWorker]:
     """Workers that read their blocks themselves: it costs next to nothing beside a CPU's arithmetic, and there may be no CPU left for
     tasks. (Ray would fuse tasks into actors, but not into those whose retries are limited.)"""
 
@@ -246,7 +254,7 @@ def audit(input_ids: np.ndarray, folder: str) -> None:
 
 
 def _manifest(plan: Plan, output: Output, report: Report, state: str, seconds_before: float) -> dict[str, Any]:
-    run, edit = plan.run, output.edit
+    run = plan.run
     return {
         "state": state,
         "updated": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -254,20 +262,13 @@ def _manifest(plan: Plan, output: Output, report: Report, state: str, seconds_be
         "command": run.command,
         "kind": run.kind,
         "input": public(run.source.path),
-        "domain": run.domain.name,
-        "recipe": run.recipe.to_dict(),
-        **of_latents(plan.found),
-        "edit": [{**asdict(part), "file": public(part.file)} for part in edit.parts] if edit else None,
-        "degree": edit.degree if edit else None,
-        "ranges": edit.ranges if edit else None,
-        "score_clip": public(run.clip) if edit and run.clip else None,
+        **output.record,
         "rows": report.rows,
         "files": len(plan.blocks),
         "resumed_rows": plan.rows_kept(output),
         "rejected": report.rejected,
         "reasons": dict(report.reasons.most_common(20)),
         "batch": report.batch,
-        "model_calls_per_image": output.model_calls,
         "seconds": round(seconds_before + report.seconds, 2),
         "versions": versions(),
     }

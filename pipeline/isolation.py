@@ -15,7 +15,7 @@ from models.references import EVERY_NODE, told_in
 from pipeline.config import Resources
 from pipeline.faults import AGAIN, JobError, from_bytes, to_bytes
 from pipeline.sources import Block, Input
-from pipeline.worker import Worker, read
+from pipeline.worker import BlockWorker, read
 
 ALONE = 2
 """So often a row alone must end a process before it is rejected."""
@@ -33,7 +33,7 @@ REASON = "the worker process died whenever it came to this row"
 class Isolated:
     """A worker of its own; what it computes on trial is not written."""
 
-    def __init__(self, kind: type[Worker], arguments: tuple[Any, ...], found: Input):
+    def __init__(self, kind: Callable[..., BlockWorker], arguments: tuple[Any, ...], found: Input):
         self.worker, self.found = kind(*arguments), found
 
     def node(self) -> str:

@@ -1,6 +1,7 @@
 """A pass over a dataset, checked before anything starts: its blocks, its outputs, and what an earlier run has left. No Ray here."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ from models.references import public
 from models.weights import fingerprint
 from pipeline import schema
 from pipeline.checks import absolute_weights, base_problems, card_problems, latent_problems, network_weights_problems, place_problems
-from pipeline.config import ConfigError, Edit, Run
+from pipeline.config import ConfigError, Edit, Pass, Run
 from pipeline.faults import refused
 from pipeline.ids import check_ids
 from pipeline.inputs import OnFile
@@ -27,7 +28,7 @@ from pipeline.worker import Output
 class Plan:
     """A checked run: nothing has been started or written yet."""
 
-    run: Run
+    run: Pass
     found: Input
     blocks: list[Block]
     done: Done
@@ -61,12 +62,6 @@ class Plan:
         kept = self.kept[self.pending.index(output)]
         return sum(block.rows for block in self.blocks if block.start in kept)
 
-    @property
-    def model_calls(self) -> int:
-        """Network evaluations an image, all edits together."""
-        up = self.run.recipe.calls_up if self.run.edits and not self.found.has_latents else 0
-        return up + sum(output.model_calls for output in self.outputs)
-
 
 def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnFile = lambda done, total: None, write: bool = True) -> Plan:
     """Checks everything that can be checked without a model call. Raises ConfigError with every problem found.
@@ -85,7 +80,12 @@ def make_plan(run: Run, on_files: OnFile = lambda done, total: None, on_ids: OnF
     problems += latent_problems(run, found) + of_cards + problems_without_weights(run, found, write)
     if problems:
         raise ConfigError(*problems)
-    outputs, blocks = _outputs(run, found), plan_blocks(found, run.resources.block_rows)
+    return what_is_left(run, found, _outputs(run, found), on_ids, notes)
+
+
+def what_is_left(run: Pass, found: Input, outputs: tuple[Output, ...], on_ids: OnFile, notes: Sequence[str] = ()) -> Plan:
+    """The plan of a run that nothing else stands against: what its outputs hold decides. Raises ConfigError with every problem found."""
+    blocks = plan_blocks(found, run.resources.block_rows)
     problems = block_problems(found, blocks)
     problems += [problem for output in outputs for problem in nested(run.source.path, output.folder)]
     problems += [problem for output in outputs for problem in output_problems(output.folder, output.request, run.overwrite)]
@@ -115,7 +115,7 @@ def problems_without_weights(run: Run, found: Input, write: bool) -> list[str]:
     """Of input, output and scores: what can be told without the weights of any diffusion model."""
     clips = [run.clip] if run.clip and any(edit.parts for edit in run.edits) else []
     problems = network_weights_problems(clips, run.identity) if clips or run.identity else []  # it imports networks
-    return unfinished(found.records) + problems + _name_problems(run, found) + _output_problems(run, write)
+    return unfinished(found.records) + problems + name_problems(run, found) + folder_problems(run, write)
 
 
 def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
@@ -129,7 +129,16 @@ def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
     if not run.edits:
         columns = schema.latents_schema(found.user_columns, run.domain.image_size, about)
         request = request_of(run, found, None)
-        return (Output(folder=run.output, edit=None, columns=columns, request=request, model_calls=run.recipe.calls_up),)
+        return (
+            Output(
+                folder=run.output,
+                edit=None,
+                columns=columns,
+                request=request,
+                model_calls=run.recipe.calls_up,
+                record=_record(run, found, None, run.recipe.calls_up),
+            ),
+        )
     factors = tuple(FACTORS) if run.domain.judge else ()
     outputs = []
     for edit in run.edits:
@@ -142,8 +151,23 @@ def _outputs(run: Run, found: Input) -> tuple[Output, ...]:
         )
         calls = _calls_down(run, edit)
         folder, request = f"{run.output.rstrip('/')}/{edit.name}", request_of(run, found, edit)
-        outputs.append(Output(folder=folder, edit=edit, columns=columns, request=request, model_calls=calls))
+        record = _record(run, found, edit, calls)
+        outputs.append(Output(folder=folder, edit=edit, columns=columns, request=request, model_calls=calls, record=record))
     return tuple(outputs)
+
+
+def _record(run: Run, found: Input, edit: Edit | None, model_calls: int) -> dict[str, Any]:
+    """What the record of one output says of the walk."""
+    return {
+        "domain": run.domain.name,
+        "recipe": run.recipe.to_dict(),
+        **of_latents(found),
+        "edit": [{**asdict(part), "file": public(part.file)} for part in edit.parts] if edit else None,
+        "degree": edit.degree if edit else None,
+        "ranges": edit.ranges if edit else None,
+        "score_clip": public(run.clip) if edit and run.clip else None,
+        "model_calls_per_image": model_calls,
+    }
 
 
 def of_latents(found: Input) -> dict[str, Any]:
@@ -162,13 +186,15 @@ def _calls_down(run: Run, edit: Edit) -> int:
     return sum(sum(w != 0 for w in table[max(start for start in table if start <= max(rung, 0))]) for rung in rungs)
 
 
-def _name_problems(run: Run, found: Input) -> list[str]:
+def name_problems(run: Pass, found: Input) -> list[str]:
+    """Columns of the user whose names this run gives to columns of its own, each in a sentence."""
     taken = {"id", "image", *schema.HIDDEN, *schema.own_columns(run.kind)}
     clash = [name for name in found.user_columns.names if name in taken]
     return [f"column {name!r} of {run.source.path} has a name that this run writes; rename it first" for name in clash]
 
 
-def _output_problems(run: Run, write: bool) -> list[str]:
+def folder_problems(run: Pass, write: bool) -> list[str]:
+    """Why nothing can be written where the output shall be; empty if it can. ``write`` as in ``make_plan``."""
     folder = public(run.output)
     try:
         with refused(f"the output {folder} cannot be used"):
@@ -180,6 +206,6 @@ def _output_problems(run: Run, write: bool) -> list[str]:
         return list(error.problems)
     if root == url_to_fs(run.source.path)[1]:
         return [f"input and output are the same: {folder}; give another output folder"]
-    if direct and run.edits:
+    if direct and run.kind == "edits":
         return [f"{folder} is a dataset itself ({len(direct)} Parquet files); edits need a folder for their folders, give another"]
     return place_problems(run.output, write)

@@ -26,7 +26,8 @@ from models.fetching import cache_folder, version_of
 from models.references import public
 from models.stores import make_folder
 from models.weights import fingerprint
-from pipeline.config import ConfigError, Edit, Run, TuneRun
+from pipeline import schema
+from pipeline.config import AlignRun, ConfigError, Edit, Pass, Run, TuneRun
 from pipeline.manifest import read_manifest
 from pipeline.sources import Block, Input
 
@@ -50,16 +51,7 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
     Numbers of workers, GPUs and images in a batch are not among them: they decide the speed, and the last bit at most.
     """
     request: dict[str, Any] = {
-        "input": public(found.source.path),
-        "input files": found.digest,
-        f"{NUMBER_OF}input files": len(found.files),
-        "id column": found.source.id_column,
-        "image column": found.source.image_column,
-        "limit": found.source.limit,
-        "columns": found.source.columns,
-        "where": found.source.where,
-        "block rows": run.resources.block_rows,
-        "pixel limit": run.resources.max_pixels,
+        **_rows(run, found),
         "base model": fingerprint(run.domain.weights),
         "image size": run.domain.image_size,
         **{f"recipe {name}": value for name, value in run.recipe.to_dict().items()},
@@ -73,8 +65,29 @@ def request_of(run: Run, found: Input, edit: Edit | None) -> dict[str, Any]:
             "identity": run.identity and public(run.identity),
             **_weights([run.clip] if edit.parts else [], [run.identity, run.domain.judge]),
         }
-    back: dict[str, Any] = json.loads(json.dumps(request))
-    return back
+    return _as_read(request)
+
+
+def alignment_request(run: AlignRun, found: Input) -> dict[str, Any]:
+    """The same for aligned faces."""
+    model = run.landmark_model
+    return _as_read({**_rows(run, found), "size": run.size, "landmark model": model and public(model), **_weights([], [model])})
+
+
+def _rows(run: Pass, found: Input) -> dict[str, Any]:
+    """Which rows there are, what is kept of them, and which of them share a file."""
+    return {
+        "input": public(found.source.path),
+        "input files": found.digest,
+        f"{NUMBER_OF}input files": len(found.files),
+        "id column": found.source.id_column,
+        "image column": found.source.image_column,
+        "limit": found.source.limit,
+        "columns": found.source.columns,
+        "where": found.source.where,
+        "block rows": run.resources.block_rows,
+        "pixel limit": run.resources.max_pixels,
+    }
 
 
 def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
@@ -94,6 +107,11 @@ def tuning_request(run: TuneRun, found: Input) -> dict[str, Any]:
         **{f"recipe {name}": value for name, value in run.recipe.to_dict().items()},
         **{f"tuning {name}": value for name, value in asdict(run.tuning).items()},
     }
+    return _as_read(request)
+
+
+def _as_read(request: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file, so that the two can be compared."""
     back: dict[str, Any] = json.loads(json.dumps(request))
     return back
 
@@ -197,17 +215,25 @@ def done_by_all(blocks: Iterable[Block], outputs: Sequence[Kept]) -> Done:
 def errors_in(fs: AbstractFileSystem, file: str, rows: int) -> list[str] | None:
     """The reasons of the rejects in an output file; None if it is damaged or does not hold so many rows."""
     try:
-        with fs.open(file) as stream, pq.ParquetFile(stream) as parquet:
-            if parquet.metadata.num_rows != rows:
-                return None
-            errors = parquet.read(columns=["error"])["error"].to_pylist()
-    except (pa.ArrowException, KeyError, UnicodeDecodeError):
+        errors = error_of_each(fs, file)
+    except DAMAGED:
         return None
     except OSError as error:  # as damaged pages are told; those of a store have a number
         if error.errno is not None or isinstance(error, PermissionError):  # those of S3 have no number
             raise
         return None
-    return [error for error in errors if error is not None]
+    return [error for error in errors if error is not None] if len(errors) == rows else None
+
+
+DAMAGED = (pa.ArrowException, KeyError, ValueError)
+"""What reading a file raises that is no Parquet file of ours, or was one; beside it an OSError."""
+
+
+def error_of_each(fs: AbstractFileSystem, file: str) -> list[str | None]:
+    """What the rows of an output file say of why they are rejects. Raises one of ``DAMAGED``, or OSError."""
+    with fs.open(file) as stream, pq.ParquetFile(stream) as parquet:
+        name = schema.error_column(parquet.schema_arrow)
+        return parquet.read(columns=[name])[name].to_pylist()
 
 
 def clear(folder: str, keep: Callable[[str], bool]) -> None:

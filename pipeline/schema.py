@@ -32,6 +32,9 @@ _SCORES = (
 IDENTITY = pa.field("identity", pa.float32())
 """Cosine of the face features of source and edited; only where a face recognition network was given."""
 _JUDGED = ("factors_before", "factors_after")
+ALIGNED, ALIGN_ERROR = "aligned faces", "align_error"
+"""Kind of a table of faces that were cut out, and its column that says why a row has none. That has a name of its own, because it passes
+through to the latents and edits that are made of the faces."""
 
 
 def scores_schema(factors: Sequence[str], identity: bool = False) -> pa.Schema:
@@ -47,7 +50,18 @@ def latent_type(size: int) -> pa.DataType:
 
 def own_columns(kind: str) -> tuple[str, ...]:
     """The columns a table of this kind adds to ``id``, ``image`` and the user's own."""
-    return {"latents": ("latent", "error"), "edits": (*EDIT.names, *(name for name, _ in _SCORES), IDENTITY.name, *_JUDGED, "error")}[kind]
+    scored = (*EDIT.names, *(name for name, _ in _SCORES), IDENTITY.name, *_JUDGED, "error")
+    return {"latents": ("latent", "error"), "edits": scored, ALIGNED: (ALIGN_ERROR,)}[kind]
+
+
+def error_column(columns: pa.Schema) -> str:
+    """The column of a table of the project's that says why a row is a reject."""
+    return ALIGN_ERROR if about(columns).get("kind") == ALIGNED else "error"
+
+
+def aligned_schema(user: pa.Schema, size: int) -> pa.Schema:
+    """Of a table of aligned faces: id, image (the face), the user's columns, align_error."""
+    return with_metadata([*_leading(user), pa.field(ALIGN_ERROR, pa.string())], user, {"kind": ALIGNED, "size": size})
 
 
 def latents_schema(user: pa.Schema, size: int, about: Mapping[str, Any]) -> pa.Schema:

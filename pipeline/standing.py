@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
@@ -16,7 +14,7 @@ from models.references import public
 from pipeline.config import ConfigError
 from pipeline.faults import refused
 from pipeline.manifest import FAILED, FINISHED, RECORD, RUNNING, is_finished, read_manifest
-from pipeline.resume import THREADS
+from pipeline.resume import DAMAGED, THREADS, error_of_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +55,10 @@ def standings(address: str) -> list[Standing]:
     with refused(f"{public(address)} cannot be opened"):
         folders = folders_at(address)
         if not folders:
-            raise ConfigError(f"there is no folder {public(address)}; give one that invert or edit writes to")
+            raise ConfigError(f"there is no folder {public(address)}; give one that align, invert or edit writes to")
         found = [(folder, manifest) for folder in folders if (manifest := read_manifest(folder))]
     if not found:
-        raise ConfigError(f"{address} holds no {RECORD}, nor does a folder in it; give the output of invert or edit")
+        raise ConfigError(f"{address} holds no {RECORD}, nor does a folder in it; give the output of align, invert or edit")
     return [_standing(folder, manifest) for folder, manifest in found]
 
 
@@ -147,8 +145,7 @@ def seconds_spent(folder: str) -> float:
 def _read(fs: AbstractFileSystem, file: str) -> tuple[int, list[str]]:
     """Rows and reasons of rejects of one file; none of a file that is being replaced."""
     try:
-        with fs.open(file) as stream, pq.ParquetFile(stream) as parquet:
-            errors = parquet.read(columns=["error"])["error"]
-    except (pa.ArrowException, OSError, KeyError):
+        errors = error_of_each(fs, file)
+    except (*DAMAGED, OSError):
         return 0, []
-    return len(errors), [error for error in errors.to_pylist() if error is not None]
+    return len(errors), [error for error in errors if error is not None]

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schema
-from pipeline.config import Edit, Run
+from pipeline.config import Edit, Pass, Run
 from pipeline.faults import explained, to_bytes
 from pipeline.manifest import write_in_one_stroke
 from pipeline.resume import file_name
@@ -31,7 +30,7 @@ RECEIPT = pa.schema({"start": pa.int64(), "rows": pa.int64(), "errors": pa.list_
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One dataset that a run writes: latents, or one edit."""
+    """One dataset that a run writes: aligned faces, latents, or one edit."""
 
     folder: str
     edit: Edit | None
@@ -40,20 +39,14 @@ class Output:
     """Everything that decides its rows, as ``pipeline.resume`` compares it."""
     model_calls: int
     """Network evaluations an image, without the way up that all edits of a run share."""
+    record: dict[str, Any]
+    """What its own record says of how it was made, beside what every record says."""
 
 
-class Worker:
-    """One actor of a run."""
+class BlockWorker:
+    """One actor of a run, whatever it makes of its rows."""
 
-    def __init__(self, run: Run, outputs: tuple[Output, ...], has_latents: bool):
-        import torch  # the driver, which only hands this class on, never needs the networks
-
-        from pipeline.stages import Invert
-
-        torch.set_num_threads(max(1, round(run.resources.cpus)))
-        self.run = run
-        self.invert = None if has_latents else Invert(run.domain, run.recipe, run.resources)
-        self.chains = [(output, edit_stages(run, output.edit)) for output in outputs]
+    run: Pass
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.concat_tables([self.receipt(cell, failure) for cell, failure in zip(table["block"], table["failure"], strict=True)])
@@ -72,11 +65,33 @@ class Worker:
         start, errors = table[schema.ROW][0].as_py(), []
         for output, done in self.compute(table, withheld or {}):
             write_file(output.folder, file_name(start), done)
-            errors = [error for error in done["error"].to_pylist() if error is not None]
+            errors = [error for error in done[schema.error_column(output.columns)].to_pylist() if error is not None]
         return receipt(start=start, rows=len(table), errors=errors, batch=self.batch)
 
     def compute(self, table: pa.Table, withheld: Mapping[int, str]) -> Iterator[tuple[Output, pa.Table]]:
         """The rows of each output that lacks them, one output after the other."""
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:
+        """Images in one model call: as asked for, or fewer where memory ran out."""
+        return self.run.resources.batch
+
+
+class Worker(BlockWorker):
+    """Walks images up, latents down, or both."""
+
+    def __init__(self, run: Run, outputs: tuple[Output, ...], has_latents: bool):
+        import torch  # the driver, which only hands this class on, never needs the networks
+
+        from pipeline.stages import Invert
+
+        torch.set_num_threads(max(1, round(run.resources.cpus)))
+        self.run: Run = run
+        self.invert = None if has_latents else Invert(run.domain, run.recipe, run.resources)
+        self.chains = [(output, edit_stages(run, output.edit)) for output in outputs]
+
+    def compute(self, table: pa.Table, withheld: Mapping[int, str]) -> Iterator[tuple[Output, pa.Table]]:
         folders = wanted(table)
         rows = without(table.drop_columns([schema.ROW, schema.BLOCK]), withheld)
         latents = self.invert(rows) if self.invert else rows
@@ -90,7 +105,6 @@ class Worker:
 
     @property
     def batch(self) -> int:
-        """Images in one model call: as asked for, or fewer where memory ran out."""
         stages = [self.invert, *(stage for _, stages in self.chains for stage in stages)]
         sizes = [stage.batches.size for stage in stages if stage is not None and hasattr(stage, "batches")]
         return min([self.run.resources.batch, *sizes])
@@ -180,9 +194,3 @@ def pack(table: pa.Table) -> pa.Table:
 def unpack(cell: pa.LargeBinaryScalar) -> pa.Table:
     """The block that ``pack`` made a cell of; nothing is copied."""
     return pa.ipc.open_stream(cell.as_buffer()).read_all()
-
-
-def split_blocks(table: pa.Table) -> Iterator[pa.Table]:
-    """One table a block: a task may be given several blocks at once, but each has a file of its own."""
-    for start in pc.unique(table[schema.BLOCK]).to_pylist():
-        yield table.filter(pc.equal(table[schema.BLOCK], start))

@@ -27,6 +27,7 @@ LONG = (
     "test_faults.py",
     "test_submit.py",
     "test_resume.py",
+    "test_alignment.py",
     "test_storage.py",
 )
 """Files that start Ray, longest first: begun at the end, one of them would go on alone while the other processes have nothing left."""

@@ -35,6 +35,7 @@ TESTED_ELSEWHERE = {
     **{f"jobs/{name}.py": "test_plan.py" for name in ("planning", "prospect")},  # as the command uses them
     "jobs/showpiece.py": "test_truth.py",  # what it prints is measured there
     "jobs/rebuild.py": "test_pixelface_training.py",  # hours of training; its parts are tested
+    "pipeline/aligning.py": "test_alignment.py",
     "pipeline/dataset.py": "test_end_to_end.py",  # needs a Ray cluster
     "pipeline/training.py": "test_end_to_end.py",
     "pipeline/tuning.py": "test_checks.py",  # planned by the same looks

@@ -1,7 +1,8 @@
 """What would be lost: a job on Kubernetes that its operator and the cluster accept, that ends, and that asks for no rights.
 
 The definition of ``RayJob`` is KubeRay's and not in any Python package; ``RAYJOB`` states the part of it that is used here, as of
-KubeRay 1.5.1 to 1.7. Pods are checked by Kubernetes' own schema.
+KubeRay 1.5.1 to 1.7. Pods are checked by Kubernetes' own schema. The whole definition (``ray.io_rayjobs.yaml``, v1, at KubeRay's
+commit feeaf72) accepts the manifest too, with unknown fields refused; that was checked once, by hand.
 """
 
 import copy

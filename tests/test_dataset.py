@@ -90,7 +90,7 @@ print(sum(sum(r["rows"].to_pylist()) for r in dataset._receipts(plan, plan_block
 """
 
 
-@pytest.mark.parametrize(("rows", "workers"), [(9, 3), (3, 4)])
+@pytest.mark.parametrize(("rows", "workers"), [(9, 3), pytest.param(3, 4, marks=pytest.mark.slow)])
 def test_a_pool_has_as_many_actors_as_are_queued_blocks_and_gives_back_those_that_have_nothing_left_to_do(
     rows: int, workers: int, tmp_path: Path
 ) -> None:

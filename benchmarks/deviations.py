@@ -25,8 +25,8 @@ from jobs.progress import console, display
 from jobs.requests import make_edits
 from jobs.tables import count_table
 from models import lora, losses
-from models.attributes import attributes_of
-from models.clip import Clip, load_clip, templates
+from models.attributes import Attribute, attributes_of
+from models.clip import Clip, alternatives, load_clip, templates
 from models.diffusion import NoiseModel, alpha_bar_at, blend, noised, predicted_x0, project, stochastic_walk, timesteps, walk
 from models.domains import DOMAINS
 from models.finetune import Objective, finetune, lacking, references, start_training
@@ -67,9 +67,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(name: str, tuning: Tuning, latents: Tensor, x0: Tensor, recipe: Recipe, clips: Sequence[str] = (DOMAIN.clip,)) -> NoiseModel:
+def train(
+    attribute: Attribute, tuning: Tuning, latents: Tensor, x0: Tensor, recipe: Recipe, clips: Sequence[str] = (DOMAIN.clip,)
+) -> NoiseModel:
     """An edit model of one attribute, made in this process as ``pipeline.training`` makes it on a worker."""
-    attribute, networks = attributes_of(DOMAIN.family)[name], [load_clip(clip) for clip in clips]
+    networks = [load_clip(clip) for clip in clips]
     model = deepcopy(load_base(DOMAIN.weights))
     if tuning.rank is not None:
         lora.add(model.unet, tuning.rank)
@@ -124,7 +126,7 @@ def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
     with display("fine-tuning variants", len(VARIANTS) * len(names), "edit models") as shown:
         for variant, changes in VARIANTS.items():
             for name in names:
-                model = train(name, replace(OFFICIAL, **changes), latents, x0, recipe)
+                model = train(attributes_of(DOMAIN.family)[name], replace(OFFICIAL, **changes), latents, x0, recipe)
                 edited = moved(model, unseen_latents, recipe.down(BARS), recipe.order).clamp(-1, 1)
                 results.append({"variant": variant, "attribute": name, **judge(name, unseen, edited)})
                 shown.update(len(results), f"{name}: {variant}")
@@ -205,7 +207,7 @@ def the_walk(images: int) -> dict[str, Any]:
         "round_trip_float16_latents": error(moved(base, latents.half().float(), down, recipe.order)),
         "eta_1_over_skipped_steps": error(ours),
         "official_ddpm_over_skipped_steps": error(official_ddpm(base, latents, down, draw)),
-        "cosine_of_text_directions": {a.name: text_cosine(clip, a.source, a.target) for a in attributes_of(DOMAIN.family).values()},
+        "cosine_of_text_directions": {a.name: text_cosine(clip, a) for a in attributes_of(DOMAIN.family).values()},
         "return_step": recipe.return_step,
         "steps": recipe.steps_down,
     }
@@ -269,14 +271,14 @@ def gradient_without_least_change(pictures: Tensor) -> float:
     """How many times as long the gradient of the CLIP loss is without ``LEAST_CHANGE``, at pictures whose pixels are 0.001 from their
     references: where a training starts."""
     clip, norms = load_clip(DOMAIN.clip), []
-    direction = clip.text_direction("face without glasses", "face with glasses")
     near = pictures + 0.002 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)).sign()
     before = clip.image_features(pictures).detach()
+    direction = clip.text_direction("face without glasses", "face with glasses")(before)
     for least in (0.0, losses.LEAST_CHANGE):
         at = near.clone().requires_grad_(True)
         change = clip.image_features(at) - before
         length = change.square().sum(-1).clamp_min(least**2).sqrt()
-        (gradient,) = torch.autograd.grad(losses.directional_loss((change @ direction) / length), at)
+        (gradient,) = torch.autograd.grad(losses.directional_loss((change * direction).sum(1) / length), at)
         norms.append(float(gradient.flatten(1).norm(dim=1).mean()))
     return norms[0] / norms[1]
 
@@ -305,7 +307,8 @@ def readings(images: int) -> dict[str, float]:
     for model in (base, rounded):
         latents = moved(model, unseen, recipe.up(BARS), recipe.order)
         back.append(moved(model, latents, recipe.down(BARS), recipe.order).clamp(-1, 1))
-    grey, red = (domain_clip.text_direction("person", f"person with {color} hair") for color in ("grey", "red"))
+    seen = domain_clip.image_features(unseen[:1])
+    grey, red = (domain_clip.text_direction("person", f"person with {color} hair")(seen)[0] for color in ("grey", "red"))
     return {
         "clip_change_cosine_bfloat16": cosine(whole, change(half, unseen.bfloat16(), edited.bfloat16()).float()),
         "clip_change_cosine_not_antialiased": cosine(change(domain_clip, *large), change(domain_clip, *sharp)),
@@ -330,15 +333,16 @@ def tf32(x: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def text_cosine(clip: Clip, source: str, target: str) -> float:
+def text_cosine(clip: Clip, attribute: Attribute) -> float:
     """Between the text direction here (features averaged, then normalised) and the official code's (the mean of the
-    differences of normalised features, template by template)."""
+    differences of normalised features, template by template); of several source texts the first is taken."""
+    source, target = alternatives(attribute.source)[0], attribute.target
     with torch.no_grad():
         features = [
             clip.model.encode_text(clip.tokenizer([template.format(text) for template in templates()])) for text in (source, target)
         ]
     before, after = (F.normalize(f, dim=-1).mean(0) for f in features)
-    return float(F.cosine_similarity(after - before, clip.text_direction(source, target), dim=0))
+    return float(F.cosine_similarity(after - before, clip.text_features(target) - clip.text_features(source), dim=0))
 
 
 def main(

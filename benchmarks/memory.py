@@ -23,7 +23,7 @@ from jobs.evaluate import machine
 from jobs.progress import console, display
 from jobs.tables import count_table
 from models import lora
-from models.clip import Clip
+from models.clip import Clip, TextDirection
 from models.conversion import config_of, empty_network
 from models.diffusion import linear_alpha_bars, walk
 from models.finetune import Objective, checkpointed, edit_losses
@@ -85,7 +85,8 @@ def needs(architecture: str, case: str, steps: int) -> dict[str, float]:
     model = network(architecture, precision, rank)
     with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
         clip = vit_b_16()
-        objective = Objective(clips=((clip, torch.zeros(512)),), path=path, alpha_bars=levels, order=1, tuning=tuning)
+        direction = TextDirection(torch.zeros(1, 512), torch.zeros(512))
+        objective = Objective(clips=((clip, direction),), path=path, alpha_bars=levels, order=1, tuning=tuning)
         x = torch.zeros(1, 3, size, size)
         kept = activations_of(lambda: next(edit_losses(model, x, torch.zeros_like(x), objective)), model, x, shapes, tuning.memory)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
@@ -106,7 +107,8 @@ def optimizing(architecture: str, memory: str, steps: int) -> dict[str, float]:
     levels: Any = linear_alpha_bars().tolist()
     with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
         clip = vit_b_16()
-        objective = Objective(clips=((clip, torch.zeros(512)),), path=path, alpha_bars=levels, order=1, tuning=tuning)
+        direction = TextDirection(torch.zeros(1, 512), torch.zeros(512))
+        objective = Objective(clips=((clip, direction),), path=path, alpha_bars=levels, order=1, tuning=tuning)
         x0, x = torch.zeros(1, 3, size, size), torch.zeros(1, 3, size, size).requires_grad_(True)
         called = checkpointed(model) if memory == "checkpoint" else model
         kept = activations_of(lambda: global_loss(walk(called, x, path, levels), x0, objective), model, x, shapes, memory)

@@ -8,7 +8,12 @@ from jobs import options as o
 
 LatentsArg = Annotated[str, typer.Argument(help="A latents table that `diffusionclip invert` made.")]
 ModelsArg = Annotated[str, typer.Argument(help="The folder for NAME.safetensors and NAME.json; any fsspec address.")]
-SourceText = Annotated[str | None, typer.Option(help="Words for the images as they are; with --target-text and --name.")]
+SourceText = Annotated[
+    str | None,
+    typer.Option(
+        help="Words for the images as they are; of several, 'pale face | dark face', each image takes those that describe it best."
+    ),
+]
 TargetText = Annotated[str | None, typer.Option(help="Words for the images as they should become.")]
 Name = Annotated[str | None, typer.Option(help="The name of your own attribute.")]
 TRAINING, LOSS, STOPPING = "Training", "Loss", "Stopping early"

@@ -206,7 +206,7 @@ def make_objective(request: Request, alpha_bars: "Tensor") -> "Objective":
             words = ", ".join(map(repr, strange))
             raise ConfigError(f"the small CLIP of {request.domain.name} has never seen {words}; use the words of docs/pixelface.md")
     return Objective(
-        clips=tuple((clip.to(request.device), clip.text_features(request.target_text)) for clip in clips),
+        clips=tuple((clip.to(request.device), clip.text_direction(request.domain.noun, request.target_text)) for clip in clips),
         path=replace(request.recipe, steps_down=request.tuning.steps_down).down(alpha_bars),
         alpha_bars=alpha_bars,
         order=request.recipe.order,

@@ -16,6 +16,7 @@ class Attribute:
     family: str
     """The domains it is for: those with the same ``family``."""
     source: str
+    """Or several, of which each image takes the one that describes it best: ``pale face | dark face``."""
     target: str
     changes: tuple[str, str] | None = None
     """The factor and the value that the edit should give it, where a domain knows its factors."""
@@ -32,7 +33,7 @@ def _pixelface(name: str, source: str, target: str, factor: str, value: str) -> 
     return Attribute(name=name, family="pixelface", source=source, target=target, changes=(factor, value), l1_weight=weight)
 
 
-COLOR_L1_WEIGHTS = {"hair_color": 1.0, "skin": 0.5}
+COLOR_L1_WEIGHTS = {"hair_color": 0.7, "skin": 0.7}
 """The more pixels an edit must change, the more the same distance would hold it back."""
 
 
@@ -45,6 +46,15 @@ def _official(
     return Attribute(name=name, family=family, source=source, target=target, return_step=step, learning_rate=rate, note="; ".join(notes))
 
 
+_HAIR_COLORS = ("black", "brown", "blond", "red", "grey")
+_SKINS = ("pale", "tanned", "dark")
+
+
+def _others(text: str, value: str, values: tuple[str, ...]) -> str:
+    """The source texts of an edit towards one of several values: one for each other value."""
+    return " | ".join(text.format(other) for other in values if other != value)
+
+
 _PIXELFACE = (
     _pixelface("glasses", "face without glasses", "face with glasses", "glasses", "yes"),
     _pixelface("no_glasses", "face with glasses", "face without glasses", "glasses", "no"),
@@ -55,8 +65,11 @@ _PIXELFACE = (
     _pixelface("smiling", "sad face", "smiling face", "mouth", "smiling"),
     _pixelface("sad", "smiling face", "sad face", "mouth", "sad"),
     _pixelface("long_hair", "face with short hair", "face with long hair", "hair_length", "long"),
-    *(_pixelface(f"{color}_hair", "face", f"face with {color} hair", "hair_color", color) for color in ("red", "blond", "black", "grey")),
-    *(_pixelface(skin, "face", f"{skin} face", "skin", skin) for skin in ("tanned", "pale")),
+    *(
+        _pixelface(f"{color}_hair", _others("face with {} hair", color, _HAIR_COLORS), f"face with {color} hair", "hair_color", color)
+        for color in ("red", "blond", "black", "grey")
+    ),
+    *(_pixelface(skin, _others("{} face", skin, _SKINS), f"{skin} face", "skin", skin) for skin in ("tanned", "pale")),
 )
 
 _HUMAN = (

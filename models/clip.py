@@ -37,6 +37,30 @@ def templates() -> list[str]:
     return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 
 
+def alternatives(text: str) -> list[str]:
+    """The texts of ``black hair | brown hair``, of which each image is described by one; a text without ``|`` is the only one."""
+    return [part for each in text.split("|") if (part := each.strip())]
+
+
+@dataclass(frozen=True)
+class TextDirection:
+    """The way from the source text to the target text, for each image from the source text that describes it best.
+
+    With one source text it is the same for all images (DiffusionCLIP, eq. 8). But black hair becomes grey along another way than
+    red hair does, and neither along the way from a face to a face with grey hair, which also leads to hair of any colour.
+    """
+
+    sources: Tensor
+    """(S, D) of length 1 each."""
+    target: Tensor
+    """(D,) of length 1."""
+
+    def __call__(self, before: Tensor) -> Tensor:
+        """Features of images before the edit (B, D) -> directions (B, D) of length 1."""
+        nearest = (before @ self.sources.T).argmax(dim=1)
+        return F.normalize(self.target - self.sources[nearest], dim=-1)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a CLIP wants its pictures; the fields are those of open_clip's ``preprocess_cfg``."""
@@ -111,9 +135,9 @@ class Clip(nn.Module):
         features = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
         return F.normalize(features.mean(0), dim=0)
 
-    def text_direction(self, source: str, target: str) -> Tensor:
-        """(D,) of length 1: from the source text to the target text (DiffusionCLIP, eq. 8)."""
-        return F.normalize(self.text_features(target) - self.text_features(source), dim=0)
+    def text_direction(self, source: str, target: str) -> TextDirection:
+        """From the source text, or the best of several (``black hair | brown hair``), to the target text."""
+        return TextDirection(torch.stack([self.text_features(text) for text in alternatives(source)]), self.text_features(target))
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of ``text`` that the model has no trained token for (their embedding is zero); empty for a real CLIP."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.clip import Clip
+from models.clip import Clip, TextDirection
 from models.diffusion import NoiseModel, moves, predicted_x0, walk
 from models.identity import Identity, identity_loss
 from models.losses import directional_loss, directional_similarity, distance
@@ -23,8 +23,8 @@ from models.views import draw_views
 class Objective:
     """What an edit must achieve, at the end of the walk down ``path``."""
 
-    clips: tuple[tuple[Clip, Tensor], ...]
-    """One or more CLIPs, each with the text direction as it sees it, (D,) of length 1; their losses are averaged."""
+    clips: tuple[tuple[Clip, TextDirection], ...]
+    """One or more CLIPs, each with the text direction as it sees it; their losses are averaged."""
     path: list[int]
     alpha_bars: Tensor
     order: int
@@ -51,7 +51,7 @@ def image_loss(edited: Tensor, reference: Tensor, objective: Objective) -> dict[
         look = partial(views.features, clip) if views is not None else clip.image_features
         with torch.no_grad():
             before = look(reference)
-        similarities.append(directional_similarity(before, look(edited), direction))
+        similarities.append(directional_similarity(before, look(edited), direction(before)))
         terms.append(directional_loss(similarities[-1], tuning.form))
     clip_term, l1_term = torch.stack(terms).mean(), distance(edited, reference, tuning.distance)
     losses = {"clip": clip_term, "l1": l1_term, "similarity": torch.stack(similarities).mean().detach()}
@@ -102,14 +102,22 @@ def references(model: NoiseModel, latents: Tensor, x0: Tensor, objective: Object
 
 @torch.no_grad()
 def lacking(x0: Tensor, objective: Objective, count: int) -> Tensor:
-    """int64 (count,): which images (N, C, H, W) are farthest from the target text, seen from the source text, in order.
+    """int64 (count,): which images (N, C, H, W) lack the attribute most, as the first CLIP sees it, in order.
 
-    Many images may show the attribute already; trained on them, a model learns to change something else.
+    Many images may show the attribute already; trained on them, a model learns to change something else. With one source text these
+    are the images farthest from the target text, seen from the source text. With several, the images of each are ranked by themselves
+    and taken in turn, so that no kind of change crowds out the others, and those that the target text describes best come last.
     """
-    parts = x0.split(objective.tuning.batch)
-    shown = sum(torch.cat([clip.image_features(part) for part in parts]) @ direction for clip, direction in objective.clips)
-    assert isinstance(shown, Tensor)
-    return shown.argsort()[:count].sort().values
+    clip, direction = objective.clips[0]
+    features = torch.cat([clip.image_features(part) for part in x0.split(objective.tuning.batch)])
+    shown, sources = (features * direction(features)).sum(1), features @ direction.sources.T
+    if len(direction.sources) == 1:
+        return shown.argsort()[:count].sort().values
+    place = len(x0) * (features @ direction.target > sources.amax(1)).long()
+    kind = sources.argmax(1)
+    for own in kind.unique():
+        place[kind == own] += shown[kind == own].argsort().argsort()
+    return place.argsort(stable=True)[:count].sort().values
 
 
 @torch.no_grad()

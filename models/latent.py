@@ -29,11 +29,11 @@ def global_loss(edited: Tensor, x0: Tensor, objective: Objective) -> dict[str, T
     """Scalars ``loss``, ``clip``, ``l1``, ``similarity`` (and ``identity``) of edited images and their sources, (B, 3, H, W)
     each in about [-1, 1].
 
-    The similarity is the cosine between an image and the target text, in place of that between two changes: here
-    ``objective.clips`` hold the text features of the target and not a direction.
+    The similarity is the cosine between an image and the target text, in place of that between two changes; the source text plays
+    no part.
     """
     tuning = objective.tuning
-    similarities = [F.cosine_similarity(clip.image_features(edited), text.expand(len(edited), -1)) for clip, text in objective.clips]
+    similarities = [F.cosine_similarity(clip.image_features(edited), text.target.expand(len(edited), -1)) for clip, text in objective.clips]
     clip_term = torch.stack([directional_loss(similarity, tuning.form) for similarity in similarities]).mean()
     l1_term = F.l1_loss(edited, x0)
     losses = {"clip": clip_term, "l1": l1_term, "similarity": torch.stack(similarities).mean()}

@@ -12,7 +12,8 @@ LEAST_CHANGE = 0.01
 
 
 def directional_similarity(before: Tensor, after: Tensor, text_direction: Tensor) -> Tensor:
-    """(B,) cosines between the change of image features (B, D), of length 1 each, and the text direction (D,).
+    """(B,) cosines between the change of image features (B, D), of length 1 each, and the text directions, (D,) or
+    (B, D).
 
     A change shorter than ``LEAST_CHANGE`` counts as one of that length, so that none at all is 0 and has a bounded gradient:
     an edit model starts as the base model, and with the reconstruction as reference its first change is exactly 0.

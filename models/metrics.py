@@ -1,11 +1,16 @@
 """Scores of single images, so that every row of a dataset carries its own."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from models.clip import Clip
 from models.losses import directional_similarity
+
+Direction = Callable[[Tensor], Tensor]
+"""Features of images before an edit (B, D) -> text directions (B, D): a ``models.clip.TextDirection`` or a mean of some."""
 
 
 def mean_absolute_error(a: Tensor, b: Tensor) -> Tensor:
@@ -21,6 +26,7 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def directional_score(clip: Clip, source: Tensor, edited: Tensor, direction: Tensor) -> Tensor:
+def directional_score(clip: Clip, source: Tensor, edited: Tensor, direction: Direction) -> Tensor:
     """(B,) cosine between the change of CLIP image features and the text direction (the paper's S_dir)."""
-    return directional_similarity(clip.image_features(source), clip.image_features(edited), direction)
+    before = clip.image_features(source)
+    return directional_similarity(before, clip.image_features(edited), direction(before))

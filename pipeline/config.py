@@ -235,6 +235,7 @@ class TuneRun:
     domain: "Domain"
     attribute: str
     source_text: str
+    """One, or several with ``|`` between them, of which each image takes the one that describes it best."""
     target_text: str
     recipe: "Recipe"
     tuning: "Tuning"
@@ -264,6 +265,10 @@ class TuneRun:
             found.append("an identity loss needs the weights of a face recognition network (IR-SE50, model_ir_se50.pth): give --identity")
         if self.identity and not self.tuning.id_weight:
             found.append("--identity without a weight does nothing: give --id-weight as well")
+        if not self.source_text.strip(" |"):
+            found.append("the source text says nothing; give words for the images as they are, like: face")
+        if not self.target_text.strip() or "|" in self.target_text:
+            found.append(f"the target text must be one text, only source texts may be several; got {self.target_text!r}")
         most = self.recipe.return_step + 1
         if self.tuning.steps_down > most:
             found.append(f"steps down of the training must lie between 2 and {most} (return step + 1); got {self.tuning.steps_down}")

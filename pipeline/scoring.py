@@ -10,7 +10,7 @@ from torch import Tensor
 from models.clip import Clip, load_clip
 from models.domains import Domain
 from models.identity import load_identity
-from models.metrics import directional_score, mean_absolute_error, structural_similarity
+from models.metrics import Direction, directional_score, mean_absolute_error, structural_similarity
 from models.pixelface.judge import load_judge
 from pipeline import codec, schema
 from pipeline.batches import Batches
@@ -70,7 +70,7 @@ class Score:
         return self.identity.similarity(source, edited).tolist()
 
 
-def mix_direction(clip: Clip, edit: Edit) -> Tensor:
-    """(D,) of length 1: the weighted mean of the parts' text directions; there must be a part."""
-    directions = [part.weight * clip.text_direction(part.source, part.target) for part in edit.parts]
-    return torch.nn.functional.normalize(torch.stack(directions).sum(0), dim=0)
+def mix_direction(clip: Clip, edit: Edit) -> Direction:
+    """The weighted mean of the parts' text directions, of length 1; there must be a part."""
+    parts = [(part.weight, clip.text_direction(part.source, part.target)) for part in edit.parts]
+    return lambda before: torch.nn.functional.normalize(torch.stack([weight * way(before) for weight, way in parts]).sum(0), dim=-1)

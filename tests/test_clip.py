@@ -156,7 +156,7 @@ def test_clips_of_other_sizes_and_kinds_work_alike(tmp_path: Path, model: dict[s
     features[:, 0].sum().backward()
     assert pictures.grad is not None
     assert pictures.grad.abs().sum() > 0
-    assert clip.text_direction("face", "hat").shape == features.shape[1:]
+    assert clip.text_direction("face", "hat")(features).shape == features.shape
     assert clip.size == model.get("vision_cfg", VISION)["image_size"]
 
 
@@ -176,10 +176,19 @@ def test_a_text_is_the_mean_of_its_eighty_templates(clip: Clip) -> None:
 
 
 def test_the_direction_leads_from_the_source_to_the_target(clip: Clip) -> None:
-    direction = clip.text_direction("face", "face with a hat")
+    features = clip.image_features(images(20, 20))
     change = clip.text_features("face with a hat") - clip.text_features("face")
-    torch.testing.assert_close(direction, change / change.norm())
-    torch.testing.assert_close(clip.text_direction("face with a hat", "face"), -direction)
+    way = clip.text_direction("face", "face with a hat")(features)
+    torch.testing.assert_close(way, (change / change.norm()).expand(2, -1))
+    torch.testing.assert_close(clip.text_direction("face with a hat", "face")(features), -way)
+
+
+def test_of_several_source_texts_each_image_starts_from_the_one_that_describes_it_best(clip: Clip) -> None:
+    red, blond, target = (clip.text_features(f"face with {color} hair") for color in ("red", "blond", "grey"))
+    to_grey = clip.text_direction("face with red hair|face with blond hair | ", "face with grey hair")
+    got = to_grey(torch.stack([blond, red, (0.6 * red + 0.4 * blond)]))
+    for row, source in zip(got, (blond, red, red), strict=True):
+        torch.testing.assert_close(row, (target - source) / (target - source).norm())
 
 
 def test_words_without_a_trained_token_are_found_whatever_their_case_and_company(clip: Clip) -> None:

@@ -133,6 +133,8 @@ def test_a_tuning_run_names_the_problems_of_all_its_numbers() -> None:
         ({"gpus": 0.5, "workers": 2}, "2 workers that share an attribute need a GPU each, and not 0.5 of one"),
         ({"cpus": float("nan")}, "CPUs of each worker must be a number that is not negative; got nan"),
         ({"workers": 0}, "workers must be at least 1; got 0"),
+        ({"source_text": " | "}, "the source text says nothing; give words for the images as they are, like: face"),
+        ({"target_text": "hat | cap"}, "the target text must be one text, only source texts may be several; got 'hat | cap'"),
         ({"tuning": Tuning(steps_down=402)}, "steps down of the training must lie between 2 and 401 (return step + 1); got 402"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import picture
 
+from models.clip import TextDirection
 from models.diffusion import linear_alpha_bars
 from models.domains import Domain
 from models.finetune import Objective, finetune, references, start_training
@@ -47,7 +48,7 @@ def test_calls_of_training_are_those_that_training_makes(changes: dict, tiny_dom
         seen += len(given[0])
 
     handle = model.register_forward_pre_hook(count)
-    direction = torch.nn.functional.normalize(torch.ones(4), dim=0)
+    direction = TextDirection(torch.eye(4)[:1], torch.eye(4)[1])
     objective = Objective(clips=((clip, direction),), path=[200, 0, -1], alpha_bars=linear_alpha_bars(), order=1, tuning=tuning)  # type: ignore[arg-type]
     images = torch.randn(tuning.images + tuning.held_out, 3, 16, 16)
     reference = references(model, images, images, objective)

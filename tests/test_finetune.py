@@ -13,7 +13,7 @@ from tiny import save_clip
 from torch import Tensor, nn
 
 from models import lora
-from models.clip import load_clip
+from models.clip import TextDirection, load_clip
 from models.diffusion import CLEAN, walk
 from models.domains import Domain
 from models.finetune import (
@@ -92,8 +92,8 @@ def papers_levels(bars: Tensor) -> list[tuple[int, Tensor, Tensor]]:
 def papers_loss(images: Tensor, x0: Tensor, objective: Objective) -> dict[str, Tensor]:
     """Eq. 9 and 10 with the official code's -log((1 + cos) / 2), one CLIP, written out."""
     ((clip, direction),) = objective.clips
-    change = clip.image_features(images) - clip.image_features(x0)
-    cosine = (change @ direction) / change.norm(dim=1) / direction.norm()
+    change, way = clip.image_features(images) - clip.image_features(x0), direction.target - direction.sources[0]
+    cosine = (change @ way) / change.norm(dim=1) / way.norm()
     clip_term, l1_term = -(((1 + cosine) / 2).log()).mean(), (images - x0).abs().mean()
     return {"loss": 3 * clip_term + 1 * l1_term, "clip": clip_term, "l1": l1_term, "similarity": cosine.mean()}
 
@@ -466,8 +466,23 @@ def test_gradients_can_be_averaged_between_workers_before_each_step(objective: O
 
 def test_of_many_images_those_that_lack_the_attribute_most_are_trained_on(objective: Objective) -> None:
     ((clip, direction),) = objective.clips
-    shown = (clip.image_features(X0) @ direction).tolist()
+    shown = (clip.image_features(X0) @ (direction.target - direction.sources[0])).tolist()
     assert lacking(X0, objective, 2).tolist() == sorted(sorted(range(5), key=shown.__getitem__)[:2])
+
+
+class Read(nn.Module):
+    """Stands where a CLIP stands: an image's features are its first three values."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return nn.functional.normalize(images.flatten(1)[:, :3], dim=1)
+
+
+def test_of_several_source_texts_each_has_its_turn_and_images_with_the_attribute_come_last(objective: Objective) -> None:
+    black, brown, grey = torch.eye(3)
+    shades = [[1, 0, 0.5], [1, 0, 0.4], [1, 0, 0.3], [1, 0, 0.2], [0, 1, 0.7], [0, 1, 0.6], [0.1, 0, 1]]
+    seen = replace(objective, clips=((Read(), TextDirection(torch.stack([black, brown]), grey)),))  # type: ignore[arg-type]
+    chosen = [lacking(torch.tensor(shades).view(7, 3, 1, 1), seen, count).tolist() for count in (2, 4, 6)]
+    assert chosen == [[3, 5], [2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
 
 
 def test_with_views_a_change_that_is_no_change_has_no_similarity_and_training_differs(

@@ -33,7 +33,7 @@ class Task:
         with torch.no_grad():
             self.latent = walk(self.model, self.x0, domain.recipe.up(self.alpha_bars), self.alpha_bars, self.order)
         self.objective = Objective(
-            clips=((self.clip, self.clip.text_features(TARGET)),),
+            clips=((self.clip, self.clip.text_direction("face", TARGET)),),
             path=replace(domain.recipe, steps_down=3).down(self.alpha_bars),
             alpha_bars=self.alpha_bars,
             order=self.order,
@@ -129,7 +129,7 @@ def test_the_loss_is_that_of_the_official_code_with_the_text_in_place_of_a_direc
 
 def test_several_clips_and_texts_are_averaged(task: MakeTask) -> None:
     one = task()
-    texts = [one.clip.text_features(text) for text in (TARGET, "dark forest")]
+    texts = [one.clip.text_direction("face", text) for text in (TARGET, "dark forest")]
     alone = [global_loss(picture(0.5), one.x0, replace(one.objective, clips=((one.clip, text),))) for text in texts]
     both = global_loss(picture(0.5), one.x0, replace(one.objective, clips=tuple((one.clip, text) for text in texts)))
     for name in ("clip", "similarity"):

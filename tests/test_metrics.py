@@ -55,7 +55,7 @@ def test_a_picture_is_like_itself_and_less_like_a_noisier_copy() -> None:
 def test_the_directional_score_is_the_cosine_in_the_space_of_clip(tmp_path: object) -> None:
     clip = load_clip(save_clip(tmp_path / "clip"))  # type: ignore[operator]
     source, edited, direction = images(0), images(1), clip.text_direction("face", "smiling face")
-    change = clip.image_features(edited) - clip.image_features(source)
-    want = (change @ direction) / change.norm(dim=1)
+    change, way = clip.image_features(edited) - clip.image_features(source), clip.text_features("smiling face") - clip.text_features("face")
+    want = (change @ way) / change.norm(dim=1) / way.norm()
     torch.testing.assert_close(directional_score(clip, source, edited, direction), want)
     assert directional_score(clip, source, source, direction).tolist() == [0, 0, 0]

@@ -298,7 +298,8 @@ def test_the_recipe_of_the_edit_decides_the_way_down(domain: Domain, invert: Inv
 def test_scores_are_of_the_pictures_in_the_row(domain: Domain, invert: Invert, tiny_edit: TinyEdit) -> None:
     part = tiny_edit(domain, "smiling")
     done = stages(domain, invert, Edit(parts=(part,)), images(*FOUR))
-    clip, direction = load_clip(domain.clip), load_clip(domain.clip).text_direction(part.source, part.target)
+    clip = load_clip(domain.clip)
+    direction = torch.nn.functional.normalize(clip.text_features(part.target) - clip.text_features(part.source), dim=0)
     for row in range(4):
         source, edited = (np.asarray(pixels(done, name)[row]) for name in ("image", "edited"))
         assert done["mae"][row].as_py() == pytest.approx(np.abs(source / 255 - edited / 255).mean(), abs=1e-5)
@@ -342,9 +343,10 @@ def test_the_judge_reads_source_and_edited_where_the_domain_has_one(tiny_domain:
 def test_the_direction_of_a_mix_is_the_weighted_mean_of_its_parts(domain: Domain, tiny_edit: TinyEdit) -> None:
     clip = load_clip(domain.clip)
     one, other = tiny_edit(domain, "smiling", 0.5), tiny_edit(domain, "hat", 0.25)
-    first, second = (clip.text_direction(part.source, part.target) for part in (one, other))
+    before = clip.image_features(codec.to_tensor([np.zeros((3, 16, 16), np.uint8)]))
+    first, second = (clip.text_direction(part.source, part.target)(before) for part in (one, other))
     mean = 0.5 * first + 0.25 * second
-    torch.testing.assert_close(mix_direction(clip, Edit(parts=(one, other))), mean / mean.norm())
+    torch.testing.assert_close(mix_direction(clip, Edit(parts=(one, other)))(before), mean / mean.norm())
 
 
 def test_identity_is_scored_where_there_is_a_network_for_it_and_the_column_is_absent_where_not(domain: Domain, face_weights: Path) -> None:

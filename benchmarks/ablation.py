@@ -34,14 +34,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distance l1": {"distance": "l1"},
     "CLIP sees the image itself": {"views": 1},
     "the first 32 images": {"choose_from": 0},
-    "all 96 images, as many steps": {"choose_from": 0, "images": 96, "epochs": 3},
-    "weight of the distance 1": {"l1_weight": 1.0},
-    "weight of the distance 4": {"l1_weight": 4.0},
+    "all 96 images, as many steps": {"choose_from": 0, "images": 96, "epochs": 4, "learning_rate_growth": 0.78},
+    "source text face": {"source": DOMAIN.noun},
+    "rate that does not fall": {"learning_rate_growth": 1.0},
+    "8 epochs": {"epochs": 8, "learning_rate_growth": 0.88},
+    "weight of the distance 0.5": {"l1_weight": 0.5},
+    "weight of the distance 2": {"l1_weight": 2.0},
     "form cosine": {"form": "cosine"},
     "reference reconstruction": {"reference": "reconstruction"},
     "batch 8, half as many steps": {"batch": 8},
     "6 rungs": {"steps_down": 6},
-    "stepwise, as many steps": {"memory": "stepwise", "epochs": 2},
+    "stepwise, as many steps": {"memory": "stepwise", "epochs": 3, "learning_rate_growth": 0.72},
     "rank 2": {"rank": 2},
     "rank 32": {"rank": 32},
     "full network, rate 5e-5": {"rank": None, "learning_rate": 5e-5},
@@ -57,7 +60,9 @@ def pictures(avatars: list[Avatar]) -> Tensor:
 
 def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: int) -> dict[str, Any]:
     """One edit model, made with the recipe but for ``changes``, on avatars that lack the attribute."""
-    attribute, rest = attributes_of(DOMAIN.family)[name], dict(changes)
+    rest = dict(changes)
+    attribute = attributes_of(DOMAIN.family)[name]
+    attribute = replace(attribute, source=rest.pop("source", attribute.source))
     assert attribute.changes is not None
     recipe, clips = (
         replace(DOMAIN.recipe, return_step=rest.pop("return_step", DOMAIN.recipe.return_step)),
@@ -66,7 +71,8 @@ def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: 
     own = {} if attribute.l1_weight is None else {"l1_weight": attribute.l1_weight}
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"])
     x0, base = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), load_base(DOMAIN.weights)
-    model = train(name, replace(DOMAIN.tuning, **{**own, **rest}), moved(base, x0, recipe.up(BARS), recipe.order), x0, recipe, clips)
+    latents = moved(base, x0, recipe.up(BARS), recipe.order)
+    model = train(attribute, replace(DOMAIN.tuning, **{**own, **rest}), latents, x0, recipe, clips)
     factor, value = attribute.changes
     without = [a for a in avatars if a["factors"][factor] != value][:images]
     source, target = pictures(without), pictures([with_factor(a, factor, value) for a in without])

@@ -217,17 +217,22 @@ def load_pictures(build: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @app.command()
-def diffusion(build: Build = BUILD, steps: int = 3000) -> None:
-    """Train the diffusion model (an hour on one core)."""
+def diffusion(build: Build = BUILD, steps: int = 3000, whole_steps: int = 3000, last_steps: int = 3000) -> None:
+    """Train the diffusion model (three hours on one core): where edits walk, where colours of whole pictures are decided, in between."""
     torch.manual_seed(0)
     pictures, _ = load_pictures(build)
     unet = make_unet()
 
-    def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
-        alpha_bars = linear_alpha_bars()
-        return training.train_diffusion(lambda x, t: unet(x, t).sample, optimizer, pictures, alpha_bars, steps=steps, start=start)
+    def phase(name: str, steps: int, rate: float, **how: Any) -> None:
+        def make(optimizer: torch.optim.Optimizer, start: int) -> Iterator[float]:
+            bars = linear_alpha_bars()
+            return training.train_diffusion(lambda x, t: unet(x, t).sample, optimizer, pictures, bars, steps=steps, start=start, **how)
 
-    unet.load_state_dict(run("diffusion", unet, steps, 8e-4, build, make))
+        unet.load_state_dict(half(run(name, unet, steps, rate, build, make)))
+
+    phase("diffusion", steps, 8e-4)
+    phase("diffusion-whole", whole_steps, 6e-4, focus=(400, 1000), most_weight=25.0, seed=1)
+    phase("diffusion-last", last_steps, 6e-4, focus=(200, 700), most_weight=9.0, seed=2)
     unet.half().save_pretrained(DOMAIN.weights)
     (Path(DOMAIN.weights) / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
 

@@ -27,12 +27,28 @@ def domain_figures(domain: Domain, rows: int, each: int, sweep_rows: int, sample
     trip, trips = round_trips(domain, pictures, each)
     return {
         "domain": domain.name,
+        "weights": fingerprints(domain),
         "recipe": domain.recipe.to_dict(),
         "held_out_images": len(pictures),
         "round_trip": trips,
         **readings(domain, pictures, trip.back, truth),
         "samples": sample_figures(domain, samples),
         **edit_figures(domain, Latents(ids=ids, x0=pictures, latents=trip.latents), each, sweep_rows),
+    }
+
+
+def fingerprints(domain: Domain) -> dict[str, Any]:
+    """16 hex digits of every network that has a part in the figures, so that they can be told from those of other weights."""
+    from jobs.requests import edit_models
+    from models.clip import clip_fingerprint
+    from models.weights import fingerprint
+
+    return {
+        "base model": fingerprint(domain.weights),
+        "clip": clip_fingerprint(domain.clip),
+        "scoring clip": clip_fingerprint(domain.scoring_clip) if domain.scoring_clip else None,
+        "judge": fingerprint(domain.judge) if domain.judge else None,
+        "edit models": {name: fingerprint(file) for name, file in edit_models(domain, []).items()},
     }
 
 

@@ -1,5 +1,6 @@
 """What would be lost: distances to the exact counterfactual, where an edit changed what it should not, degrees and mixes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import TinyDomain, TinyEdit
 from safetensors.torch import save_file
 
 from jobs.evaluate import overall
-from jobs.showpiece import domain_figures
+from jobs.showpiece import domain_figures, fingerprints
 from models.attributes import attributes_of
 from models.diffusion import walk
 from models.domains import DOMAINS, Domain
@@ -90,6 +91,11 @@ def test_the_figures_of_a_domain_cover_every_edit_degree_and_mix(domain: Domain)
     assert figures["round_trip"]["errors"].keys() == {"200", "300", "400", "600"}  # 300 is its own
     assert figures["samples"]["images"] == 3
     assert overall(figures["edits"])["least_success"] == min(e["success"] for e in figures["edits"])
+
+
+def test_committed_figures_are_of_the_shipped_weights() -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "pixelface.json"
+    assert json.loads(results.read_text())["weights"] == fingerprints(DOMAINS["pixelface"])
 
 
 def test_shipped_counterfactuals_are_what_the_judge_takes_them_for() -> None:

@@ -15,7 +15,7 @@ setup: .venv/.ready
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,align]'
 	@touch $@
 
-demo: setup  ## the main job on the shipped images and weights, three to four minutes on two cores
+demo: setup  ## the main job on the shipped images and weights, one to four minutes on two cores
 	@$(BIN)/diffusionclip demo
 
 test: setup  ## the whole test suite but for what takes minutes, two files of tests side by side

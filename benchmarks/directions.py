@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
-from jobs.progress import console
+from jobs.progress import console, display
 from jobs.tables import count_table
 from models.attributes import Attribute, attributes_of
 from models.clip import Clip, alternatives, load_clip
@@ -40,10 +40,14 @@ def main(
     """Prints the cosines of every attribute, from the noun alone and from its source texts."""
     clip, ids, pictures = load_clip(DOMAIN.clip), held_out_ids(DOMAIN), held_out_pictures(DOMAIN)[0]
     results: list[dict[str, Any]] = []
-    for attribute in attributes_of(DOMAIN.family).values():
-        rows, target = targets(DOMAIN, attribute.name, ids)
-        found = cosines(clip, attribute, pictures[rows[:images]], target[:images])
-        results.append({"attribute": attribute.name, "images": len(rows[:images]), "sources": len(alternatives(attribute.source)), **found})
+    attributes = attributes_of(DOMAIN.family).values()
+    with display("text directions", len(attributes), "attributes") as shown:
+        for attribute in attributes:
+            rows, target = targets(DOMAIN, attribute.name, ids)
+            found = cosines(clip, attribute, pictures[rows[:images]], target[:images])
+            about = {"attribute": attribute.name, "images": len(rows[:images]), "sources": len(alternatives(attribute.source))}
+            results.append({**about, **found})
+            shown.update(len(results), attribute.name)
     lines = [(r["attribute"], ", ".join(f"{name} {r[name]:.2f}" for name in WAYS)) for r in results]
     console.print(count_table(f"cosine of an exact edit with its text, {images} images at most", lines))
     if out:

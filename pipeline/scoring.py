@@ -71,6 +71,7 @@ class Score:
 
 
 def mix_direction(clip: Clip, edit: Edit) -> Direction:
-    """The weighted mean of the parts' text directions, of length 1; there must be a part."""
+    """The weighted mean of the parts' text directions: features of images before the edit (B, D) -> (B, D) of length 1. There must be
+    a part."""
     parts = [(part.weight, clip.text_direction(part.source, part.target)) for part in edit.parts]
     return lambda before: torch.nn.functional.normalize(torch.stack([weight * way(before) for weight, way in parts]).sum(0), dim=-1)

@@ -31,20 +31,24 @@ STEPS_DOWN = 10
 """Half of the recipe's own: edits hardly differ, and there are many to make."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
-    "distance l1": {"distance": "l1"},
-    "CLIP sees the image itself": {"views": 1},
-    "the first 32 images": {"choose_from": 0},
-    "all 96 images, as many steps": {"choose_from": 0, "images": 96, "epochs": 4, "learning_rate_growth": 0.78},
-    "source text face": {"source": DOMAIN.noun},
+    "another seed": {"seed": 1},
+    "no choice": {"choice_weight": 0.0},
+    "choice 0.3": {"choice_weight": 0.3},
+    "no directional loss": {"clip_weight": 0.0},
+    "no warm-up": {"warmup": 0},
     "rate that does not fall": {"learning_rate_growth": 1.0},
-    "8 epochs": {"epochs": 8, "learning_rate_growth": 0.88},
-    "weight of the distance 0.5": {"l1_weight": 0.5},
-    "weight of the distance 2": {"l1_weight": 2.0},
+    "distance l1": {"distance": "l1"},
+    "half the weight of the distance": {"l1_factor": 0.5},
+    "twice the weight of the distance": {"l1_factor": 2.0},
+    "CLIP sees the image itself": {"views": 1},
+    "the first 64 images": {"choose_from": 0},
+    "32 images, twice the epochs": {"images": 32, "epochs": 14, "learning_rate_growth": 0.933},
+    "source text face": {"source": DOMAIN.noun},
     "form cosine": {"form": "cosine"},
     "reference reconstruction": {"reference": "reconstruction"},
-    "batch 8, half as many steps": {"batch": 8},
+    "batch 8, half as many steps": {"batch": 8, "warmup": 8},
     "6 rungs": {"steps_down": 6},
-    "stepwise, as many steps": {"memory": "stepwise", "epochs": 3, "learning_rate_growth": 0.72},
+    "stepwise, as many steps": {"memory": "stepwise", "epochs": 2, "learning_rate_growth": 0.57},
     "rank 2": {"rank": 2},
     "rank 32": {"rank": 32},
     "full network, rate 5e-5": {"rank": None, "learning_rate": 5e-5},
@@ -68,7 +72,7 @@ def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: 
         replace(DOMAIN.recipe, return_step=rest.pop("return_step", DOMAIN.recipe.return_step)),
         rest.pop("clips", (DOMAIN.clip,)),
     )
-    own = {} if attribute.l1_weight is None else {"l1_weight": attribute.l1_weight}
+    own = {"l1_weight": rest.pop("l1_factor", 1.0) * (DOMAIN.tuning.l1_weight if attribute.l1_weight is None else attribute.l1_weight)}
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"])
     x0, base = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), load_base(DOMAIN.weights)
     latents = moved(base, x0, recipe.up(BARS), recipe.order)

@@ -33,6 +33,7 @@ Growth = Annotated[
         "--learning-rate-growth", help="Factor after each epoch: 1 is constant, the official code has 1.3.", rich_help_panel=TRAINING
     ),
 ]
+Warmup = Annotated[int | None, typer.Option(help="Optimizer steps before the rate is reached.", rich_help_panel=TRAINING)]
 TuneBatch = Annotated[int | None, typer.Option("--batch", help="Images of one backward pass.", rich_help_panel=TRAINING)]
 Accumulate = Annotated[int | None, typer.Option(help="Batches of one optimizer step.", rich_help_panel=TRAINING)]
 TuneSteps = Annotated[int | None, typer.Option(help="Rungs that gradients flow through.", rich_help_panel=TRAINING)]
@@ -46,6 +47,9 @@ Rank = Annotated[
 Ema = Annotated[float | None, typer.Option(help="Save a moving average of the weights with this decay.", rich_help_panel=TRAINING)]
 Seed = Annotated[int | None, typer.Option(help="Of the order of images.", rich_help_panel=TRAINING)]
 ClipWeight = Annotated[float | None, typer.Option(help="Of the directional CLIP loss.", rich_help_panel=LOSS)]
+ChoiceWeight = Annotated[
+    float | None, typer.Option(help="Of CLIP's choice of the target text over the source texts.", rich_help_panel=LOSS)
+]
 L1Weight = Annotated[float | None, typer.Option(help="Of the distance to the source.", rich_help_panel=LOSS)]
 Distance = Annotated[
     str | None,
@@ -96,6 +100,7 @@ def finetune(
     choose_from: ChooseFrom = None,
     learning_rate: Rate = None,
     learning_rate_growth: Growth = None,
+    warmup: Warmup = None,
     batch: TuneBatch = None,
     accumulate: Accumulate = None,
     steps_down: TuneSteps = None,
@@ -105,6 +110,7 @@ def finetune(
     ema: Ema = None,
     seed: Seed = None,
     clip_weight: ClipWeight = None,
+    choice_weight: ChoiceWeight = None,
     l1_weight: L1Weight = None,
     distance: Distance = None,
     id_weight: IdWeight = None,
@@ -152,6 +158,7 @@ def finetune(
         choose_from=choose_from,
         learning_rate=learning_rate,
         learning_rate_growth=learning_rate_growth,
+        warmup=warmup,
         batch=batch,
         accumulate=accumulate,
         steps_down=steps_down,
@@ -160,6 +167,7 @@ def finetune(
         ema=ema,
         seed=seed,
         clip_weight=clip_weight,
+        choice_weight=choice_weight,
         l1_weight=l1_weight,
         distance=distance,
         id_weight=id_weight,

@@ -32,7 +32,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 Build = Annotated[Path, typer.Option(help="The folder for pictures and checkpoints.")]
 BUILD = Path("build/pixelface")
 DOMAIN = DOMAINS["pixelface"]
-AVATARS, HELD_OUT, TUNING = 24_000, 1_024, 96
+AVATARS, HELD_OUT, TUNING = 24_000, 1_024, 192
 SMALL = ("mouth", "beard")
 """Factors that cover few pixels: CLIP's second phase looks at pairs that differ in them."""
 TINT = 0.1

@@ -33,7 +33,7 @@ def _pixelface(name: str, source: str, target: str, factor: str, value: str) -> 
     return Attribute(name=name, family="pixelface", source=source, target=target, changes=(factor, value), l1_weight=weight)
 
 
-COLOR_L1_WEIGHTS = {"hair_color": 0.7, "skin": 0.7}
+COLOR_L1_WEIGHTS = {"hair_color": 0.8, "skin": 0.8}
 """The more pixels an edit must change, the more the same distance would hold it back."""
 
 

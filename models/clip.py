@@ -120,6 +120,11 @@ class Clip(nn.Module):
         """Of the side of the pictures that the model sees."""
         return self.preprocessing.size
 
+    @property
+    def scale(self) -> float:
+        """The factor on cosines under which the model was trained to choose among texts, at most 100."""
+        return float(self.model.logit_scale.exp().clamp(max=100))
+
     def preprocess(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], any size -> what the model takes, (B, 3, size, size) with its mean and standard deviation."""
         return (self.preprocessing.fit((images + 1) / 2) - self.mean) / self.std

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from models.clip import Clip, TextDirection
 from models.diffusion import NoiseModel, moves, predicted_x0, walk
 from models.identity import Identity, identity_loss
-from models.losses import directional_loss, directional_similarity, distance
+from models.losses import choice_loss, directional_loss, directional_similarity, distance
 from models.recipe import Tuning
 from models.views import draw_views
 
@@ -43,19 +43,25 @@ class Objective:
 
 
 def image_loss(edited: Tensor, reference: Tensor, objective: Objective) -> dict[str, Tensor]:
-    """Scalars ``loss``, ``clip``, ``l1``, ``similarity`` (and ``identity``) of edited images and what they are compared
+    """Scalars ``loss``, ``clip``, ``l1``, ``similarity`` (``choice``, ``identity``) of edited images and what they are compared
     with, (B, 3, H, W) each in about [-1, 1] (DiffusionCLIP, eq. 10)."""
-    tuning, similarities, terms = objective.tuning, [], []
+    tuning, similarities, terms, choices = objective.tuning, [], [], []
     views = draw_views(reference, tuning.views, tuning.view_noise, objective.draw) if objective.draw is not None else None
     for clip, direction in objective.clips:
         look = partial(views.features, clip) if views is not None else clip.image_features
         with torch.no_grad():
             before = look(reference)
-        similarities.append(directional_similarity(before, look(edited), direction(before)))
+        after = look(edited)
+        similarities.append(directional_similarity(before, after, direction(before)))
         terms.append(directional_loss(similarities[-1], tuning.form))
+        if tuning.choice_weight:
+            choices.append(choice_loss(after, direction.target, direction.sources, clip.scale))
     clip_term, l1_term = torch.stack(terms).mean(), distance(edited, reference, tuning.distance)
     losses = {"clip": clip_term, "l1": l1_term, "similarity": torch.stack(similarities).mean().detach()}
     loss = tuning.clip_weight * clip_term + tuning.l1_weight * l1_term
+    if choices:
+        losses["choice"] = torch.stack(choices).mean()
+        loss = loss + tuning.choice_weight * losses["choice"]
     if objective.identity is not None and tuning.id_weight:
         losses["identity"] = identity_loss(objective.identity, reference, edited)
         loss = loss + tuning.id_weight * losses["identity"]
@@ -181,6 +187,12 @@ class Training:
         """Values on the devices of their parameters."""
         return values and {name: values[name].to(parameter.device) for name, parameter in self.trained.items()}
 
+    def set_rate(self, tuning: Tuning) -> None:
+        """For the next optimizer step: the epoch's rate, during the warm-up a growing share of it."""
+        share = min(1.0, (self.taken + 1) / (tuning.warmup + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * tuning.learning_rate * tuning.learning_rate_growth**self.epoch
+
     def update_average(self, decay: float) -> None:
         """After step n the decay is at most (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage: a run of some dozen
         steps would otherwise keep the weights that it began with."""
@@ -270,8 +282,6 @@ def finetune(
     steps = steps_per_epoch(len(latents), tuning, objective.path)
     while training.epoch < tuning.epochs and not training.done:
         epoch, taken = training.epoch, training.taken
-        for group in training.optimizer.param_groups:
-            group["lr"] = tuning.learning_rate * tuning.learning_rate_growth**epoch
         for i, losses in enumerate(_epoch(training, latents, reference, objective, average)):
             told = {"epoch": epoch, "step": epoch * steps + i + 1, **losses, "epoch_done": float(i + 1 == steps)}
             if told["epoch_done"]:
@@ -303,6 +313,7 @@ def _epoch(training: Training, latents: Tensor, reference: Tensor, objective: Ob
         shares = [len(rows) / len(group) for rows in batches]
         losses = [edit_losses(training.model, latents[rows], reference[rows], objective) for rows in batches]
         for _ in range(_steps_per_group(tuning, objective.path)):
+            training.set_rate(tuning)
             yield _optimize(training, zip(losses, shares, strict=True), average, tuning.ema)
 
 

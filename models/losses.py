@@ -32,6 +32,17 @@ def directional_loss(similarity: Tensor, form: str = "log") -> Tensor:
     return -torch.log(((1 + similarity) / 2).clamp_min(1e-6)).mean()
 
 
+def choice_loss(after: Tensor, target: Tensor, sources: Tensor, scale: float) -> Tensor:
+    """How badly CLIP's zero-shot choice among the texts takes edited images for the target text: cross-entropy, mean over the batch.
+
+    after (B, D), target (D,), sources (S, D), all of length 1; ``scale`` is CLIP's own factor on cosines. The directional loss asks for
+    the right way and not for its length: a few longer strands follow "short hair" to "long hair" as well as long hair does. This one asks
+    that the edited image is read as the target. It is not in the paper.
+    """
+    logits = scale * after @ torch.cat([target[None], sources]).T
+    return F.cross_entropy(logits, torch.zeros(len(after), dtype=torch.long, device=after.device))
+
+
 def distance(edited: Tensor, reference: Tensor, form: str = "l1") -> Tensor:
     """Scalar distance of images (B, C, H, W): ``l1`` is the official code's mean absolute difference.
 

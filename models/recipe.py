@@ -132,7 +132,7 @@ PAPER = Recipe(return_step=400, steps_up=200, steps_down=40, solver="ddim", spac
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The numbers of the fine-tuning run. The loss is clip_weight * directional + l1_weight * L1 + id_weight * identity
-    (DiffusionCLIP, eq. 10)."""
+    (DiffusionCLIP, eq. 10), and choice_weight * choice beside it."""
 
     epochs: int = 6
     batch: int = 8
@@ -142,12 +142,16 @@ class Tuning:
     learning_rate: float = 5e-5
     learning_rate_growth: float = 1.0
     """Factor after each epoch; the official code grows the rate by 1.3."""
+    warmup: int = 0
+    """Optimizer steps before the rate is reached; it grows evenly until then."""
     steps_down: int = 6
     """Rungs of the walk that gradients flow through (S_gen of training)."""
     clip_weight: float = 3.0
     l1_weight: float = 1.0
     id_weight: float = 0.0
     """Of the identity loss, which needs the weights of a face recognition network."""
+    choice_weight: float = 0.0
+    """Of CLIP's choice: the cross-entropy of the target text against the source texts, seen from the edited image."""
     distance: str = "l1"
     """What ``l1_weight`` weighs: ``l1`` (the official code's), or ``saturating``, under which a faint change of everything costs
     more than a strong one of a few pixels."""
@@ -182,7 +186,7 @@ class Tuning:
         """Sentences that say what is impossible about these numbers; empty if nothing is."""
         found = []
         least_of = {"epochs": 1, "batch": 1, "accumulate": 1, "steps_down": 2, "images": 1, "views": 1}
-        least_of |= {"choose_from": 0, "held_out": 0, "patience": 0}
+        least_of |= {"warmup": 0, "choose_from": 0, "held_out": 0, "patience": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 found.append(f"{name.replace('_', ' ')} must be at least {least}; got {getattr(self, name)}")
@@ -190,9 +194,9 @@ class Tuning:
             found.append(f"the learning rate must lie between 0 and 1; got {self.learning_rate}")
         if not 0 < self.learning_rate_growth < 10:
             found.append(f"the growth of the learning rate must lie between 0 and 10 (1 = constant); got {self.learning_rate_growth}")
-        weights = (self.clip_weight, self.l1_weight, self.id_weight)
+        weights = (self.clip_weight, self.l1_weight, self.id_weight, self.choice_weight)
         if not all(0 <= w < float("inf") for w in weights) or not any(weights):
-            found.append("loss weights must not be negative nor all 0; got clip {}, l1 {}, id {}".format(*weights))
+            found.append("loss weights must not be negative nor all 0; got clip {}, l1 {}, id {}, choice {}".format(*weights))
         for name, allowed in (("form", FORMS), ("distance", DISTANCES), ("reference", REFERENCES), ("memory", MEMORY)):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")

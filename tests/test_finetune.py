@@ -317,7 +317,7 @@ def saved(training: Training) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-EXTRAS = {"plain": {}, "low rank": {"rank": 2}, "all": {"memory": "stepwise", "ema": 0.9, "held_out": 2, "patience": 5, "accumulate": 2}}
+EXTRAS = {"plain": {}, "low rank": {"rank": 2}, "all": {"memory": "stepwise", "ema": 0.9, "held_out": 2, "patience": 5, "accumulate": 2, "warmup": 5, "choice_weight": 0.1}}
 
 
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
@@ -459,6 +459,29 @@ def test_gradients_can_be_averaged_between_workers_before_each_step(objective: O
     assert len(calls) == 9
     assert min(calls) > 0
     assert same(before, weights(model)), "the step used gradients that were not those of all workers"
+
+
+def test_the_choice_counts_beside_the_directional_loss_and_falls_when_it_is_trained_on(
+    objective: Objective, fresh: Callable[[], nn.Module]
+) -> None:
+    ((clip, direction),) = objective.clips
+    alone = with_tuning(objective, clip_weight=0.0, l1_weight=0.0, choice_weight=0.5)
+    texts = torch.stack([direction.target, *direction.sources])
+    chosen = nn.functional.cross_entropy(clip.scale * clip.image_features(X0) @ texts.T, torch.zeros(len(X0), dtype=torch.long))
+    told = image_loss(X0, X0, alone)
+    assert told["choice"].item() == pytest.approx(chosen.item(), rel=1e-5)
+    assert told["loss"].item() == pytest.approx(0.5 * chosen.item(), rel=1e-5)
+    assert "choice" not in image_loss(X0, X0, objective)
+    ends = run(fresh(), with_tuning(alone, epochs=12, batch=5, learning_rate=3e-3, learning_rate_growth=1.0))
+    assert ends[-1]["choice"] < 0.8 * ends[0]["choice"]
+
+
+def test_the_rate_grows_evenly_over_the_warm_up_whatever_the_epochs_are(objective: Objective, fresh: Callable[[], nn.Module]) -> None:
+    objective = with_tuning(objective, warmup=4, epochs=3, batch=2, learning_rate=1e-3, learning_rate_growth=0.5)
+    training, rates = start_training(fresh(), objective.tuning), []
+    for _ in finetune(training, LATENTS, X0, objective):
+        rates.append(training.optimizer.param_groups[0]["lr"] * 1e3)
+    assert rates == pytest.approx([1 / 5, 2 / 5, 3 / 5, 0.5 * 4 / 5, 0.5, 0.5, 0.25, 0.25, 0.25])
 
 
 # ---- views and the choice of images ----------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """What would be lost: the loss of the official code, and a training that does not end in NaN."""
 
-from math import log
+from math import exp, log
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.losses import directional_loss, directional_similarity, distance
+from models.losses import choice_loss, directional_loss, directional_similarity, distance
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -87,3 +87,19 @@ def test_the_saturating_distance_is_that_of_l1_at_its_ends_and_dear_for_a_tint()
     assert distance(tint, x, "saturating") > 2.5 * distance(patch, x, "saturating")
     with pytest.raises(ValueError, match="one of l1, saturating"):
         distance(x, x, "l2")
+
+
+def test_the_choice_is_the_negative_logarithm_of_the_share_that_zero_shot_classification_gives_the_target_text() -> None:
+    target, sources = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    after = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.6, 0.8]])
+    shares = [exp(6) / (exp(6) + exp(8) + 1), 1 / (1 + exp(6) + exp(8))]
+    assert choice_loss(after, target, sources, 10.0).item() == pytest.approx(-sum(map(log, shares)) / 2, rel=1e-5)
+
+
+def test_a_longer_step_the_same_way_lowers_the_choice_and_not_the_directional_loss() -> None:
+    source, target = torch.eye(2)
+    way, steps = target - source, (0.3, 0.9)
+    directional = [directional_loss(directional_similarity(source[None], source[None] + far * way, way)).item() for far in steps]
+    choices = [choice_loss(source[None] + far * way, target, source[None], 5.0).item() for far in steps]
+    assert directional[0] == pytest.approx(directional[1], abs=1e-5)
+    assert choices[1] < choices[0] / 4

@@ -184,4 +184,4 @@ def test_the_first_usable_rows_are_taken_in_order_even_if_most_of_the_beginning_
 def test_as_many_latents_are_looked_at_as_the_images_are_to_be_chosen_from() -> None:
     assert rows_wanted(Tuning(images=32, choose_from=96, held_out=4)) == 100
     assert rows_wanted(Tuning(images=48)) == 48
-    assert rows_wanted(DOMAINS["pixelface"].tuning) == 96
+    assert rows_wanted(DOMAINS["pixelface"].tuning) == 192

@@ -317,7 +317,11 @@ def saved(training: Training) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-EXTRAS = {"plain": {}, "low rank": {"rank": 2}, "all": {"memory": "stepwise", "ema": 0.9, "held_out": 2, "patience": 5, "accumulate": 2, "warmup": 5, "choice_weight": 0.1}}
+EXTRAS = {
+    "plain": {},
+    "low rank": {"rank": 2},
+    "all": {"memory": "stepwise", "ema": 0.9, "held_out": 2, "patience": 5, "accumulate": 2, "warmup": 5, "choice_weight": 0.1},
+}
 
 
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)

@@ -72,7 +72,8 @@ def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: 
         replace(DOMAIN.recipe, return_step=rest.pop("return_step", DOMAIN.recipe.return_step)),
         rest.pop("clips", (DOMAIN.clip,)),
     )
-    own = {"l1_weight": rest.pop("l1_factor", 1.0) * (DOMAIN.tuning.l1_weight if attribute.l1_weight is None else attribute.l1_weight)}
+    of_kind = DOMAIN.tuning.l1_weight if attribute.l1_weight is None else attribute.l1_weight
+    own = {"l1_weight": rest.pop("l1_factor", 1.0) * of_kind}
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"])
     x0, base = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), load_base(DOMAIN.weights)
     latents = moved(base, x0, recipe.up(BARS), recipe.order)

@@ -21,6 +21,7 @@ from jobs.rebuild import groups
 from jobs.tables import count_table
 from models.attributes import attributes_of
 from models.pixelface.avatars import Avatar, render, with_factor
+from models.trim import trimmed
 from models.unet import load_base
 from pipeline import codec, schema
 from pipeline.truth import edit_scores
@@ -32,24 +33,21 @@ STEPS_DOWN = 10
 VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "another seed": {"seed": 1},
+    "no trim": {"trim": 0.0},
+    "trained without trim, trimmed": {"trim": 0.0, "trim_after": DOMAIN.recipe.trim},
     "no choice": {"choice_weight": 0.0},
-    "choice 0.3": {"choice_weight": 0.3},
-    "no directional loss": {"clip_weight": 0.0},
+    "three times the choice": {"choice_factor": 3.0},
     "no warm-up": {"warmup": 0},
-    "rate that does not fall": {"learning_rate_growth": 1.0},
     "distance l1": {"distance": "l1"},
-    "half the weight of the distance": {"l1_factor": 0.5},
-    "twice the weight of the distance": {"l1_factor": 2.0},
+    "half the weight of the distance": {"l1_weight": DOMAIN.tuning.l1_weight / 2},
+    "twice the weight of the distance": {"l1_weight": DOMAIN.tuning.l1_weight * 2},
     "CLIP sees the image itself": {"views": 1},
     "the first 64 images": {"choose_from": 0},
     "32 images, twice the epochs": {"images": 32, "epochs": 14, "learning_rate_growth": 0.933},
-    "source text face": {"source": DOMAIN.noun},
     "form cosine": {"form": "cosine"},
     "reference reconstruction": {"reference": "reconstruction"},
     "batch 8, half as many steps": {"batch": 8, "warmup": 8},
     "6 rungs": {"steps_down": 6},
-    "stepwise, as many steps": {"memory": "stepwise", "epochs": 2, "learning_rate_growth": 0.57},
-    "rank 2": {"rank": 2},
     "rank 32": {"rank": 32},
     "full network, rate 5e-5": {"rank": None, "learning_rate": 5e-5},
     "return step 300": {"return_step": 300},
@@ -66,14 +64,11 @@ def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: 
     """One edit model, made with the recipe but for ``changes``, on avatars that lack the attribute."""
     rest = dict(changes)
     attribute = attributes_of(DOMAIN.family)[name]
-    attribute = replace(attribute, source=rest.pop("source", attribute.source))
     assert attribute.changes is not None
-    recipe, clips = (
-        replace(DOMAIN.recipe, return_step=rest.pop("return_step", DOMAIN.recipe.return_step)),
-        rest.pop("clips", (DOMAIN.clip,)),
-    )
-    of_kind = DOMAIN.tuning.l1_weight if attribute.l1_weight is None else attribute.l1_weight
-    own = {"l1_weight": rest.pop("l1_factor", 1.0) * of_kind}
+    recipe = replace(DOMAIN.recipe, **{part: rest.pop(part) for part in ("return_step", "trim") if part in rest})
+    clips, trim = rest.pop("clips", (DOMAIN.clip,)), rest.pop("trim_after", recipe.trim)
+    of_kind = DOMAIN.tuning.choice_weight if attribute.choice_weight is None else attribute.choice_weight
+    own = {"choice_weight": rest.pop("choice_factor", 1.0) * of_kind}
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"])
     x0, base = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), load_base(DOMAIN.weights)
     latents = moved(base, x0, recipe.up(BARS), recipe.order)
@@ -83,6 +78,7 @@ def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: 
     source, target = pictures(without), pictures([with_factor(a, factor, value) for a in without])
     latents = moved(base, source, recipe.up(BARS), recipe.order)
     after = moved(model, latents, replace(recipe, steps_down=STEPS_DOWN).down(BARS), recipe.order).clamp(-1, 1)
+    after = trimmed(after, source, trim)
     return edit_scores(DOMAIN, attribute, source, after, target)
 
 

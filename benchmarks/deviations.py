@@ -84,6 +84,7 @@ def train(
         alpha_bars=BARS,
         order=recipe.order,
         tuning=tuning,
+        trim=recipe.trim_of_edits,
     )
     chosen = lacking(x0, objective, tuning.images) if tuning.choose_from else torch.arange(min(len(x0), tuning.images))
     latents, x0 = latents[chosen], x0[chosen]
@@ -118,7 +119,7 @@ def moved(model: NoiseModel, x: Tensor, path: list[int], order: int) -> Tensor:
 
 def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
     """Every variant of the training for every attribute, judged on the same held-out images."""
-    recipe, base = DOMAIN.recipe, load_base(DOMAIN.weights)
+    recipe, base = replace(DOMAIN.recipe, trim=0.0), load_base(DOMAIN.weights)
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"].slice(0, OFFICIAL.images))
     x0, unseen = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), held_out_pictures(DOMAIN)[0][:images]
     latents, unseen_latents = (moved(base, pictures, recipe.up(BARS), recipe.order) for pictures in (x0, unseen))

@@ -32,6 +32,7 @@ def edit(
     project: o.Projections = None,
     project_step: o.ProjectionStep = None,
     project_steps: o.ProjectionSteps = None,
+    trim: o.Trim = None,
     class_label: o.ClassLabel = None,
     seed: o.NoiseSeed = None,
     score_clip: ScoreClip = None,
@@ -99,6 +100,7 @@ def edit(
         projections=project,
         projection_step=project_step,
         projection_steps=project_steps,
+        trim=trim,
         class_label=class_label,
         seed=seed,
     )

@@ -106,6 +106,7 @@ def finetune(
     steps_down: TuneSteps = None,
     memory: Memory = None,
     precision: o.Precision = None,
+    trim: o.Trim = None,
     rank: Rank = None,
     ema: Ema = None,
     seed: Seed = None,
@@ -191,7 +192,7 @@ def finetune(
         "identity": identity,
         "max_pixels": max_pixels,
     }
-    runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
+    runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision, trim=trim), others) for wanted in chosen]
     if only_planned(runs):
         return
     with explained(f"{latents} or {models} cannot be used"):
@@ -290,7 +291,7 @@ def tuning_for(tuning: Any, attribute: Any, numbers: dict[str, Any]) -> Any:
 
     from models.recipe import retuned
 
-    known = replace(tuning, **o.given(l1_weight=attribute.l1_weight))
+    known = replace(tuning, **o.given(choice_weight=attribute.choice_weight))
     if attribute.learning_rate is not None:
         known, numbers = replace(known, learning_rate=attribute.learning_rate, rank=None), {"rank": tuning.rank, **numbers}
     return retuned(known, numbers)

@@ -94,6 +94,7 @@ def optimize(
         class_label=class_label,
         eta=0.0,  # a latent decides its picture only where no fresh noise comes in
         projections=0,
+        trim=0.0,
     )
     numbers = o.given(steps_down=loss_steps_down, clip_weight=clip_weight, id_weight=id_weight, form=form)
     carry_out(

@@ -84,6 +84,8 @@ def idle_options(recipe: Recipe, given: dict[str, Any], of_latents: bool) -> lis
     if not recipe.projections:
         idle = [f"--project-{name.removeprefix('projection_')}" for name in ("projection_step", "projection_steps") if name in given]
         found += [f"{option} belongs to --project, which is not given" for option in idle]
+    if "trim" in given and recipe.projections:
+        found.append("--trim keeps what the source image is like, which an image brought into the domain is not to be; leave it out")
     if "steps_up" in given and recipe.inversion == "stochastic":
         found.append("--steps-up does nothing with --inversion stochastic, which adds noise in one stroke; leave it out")
     if "seed" in given and not (recipe.eta if of_latents else recipe.has_noise):

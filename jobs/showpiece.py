@@ -126,9 +126,10 @@ def edit_figures(domain: Domain, found: Any, each: int, sweep_rows: int) -> dict
         some = spread(len(rows), each)
         lacking, targets = [rows[i] for i in some], targets[some]
         with shown(name, len(lacking) + len(truth.DEGREES) * min(sweep_rows, len(lacking))) as add:
-            after = truth.edited(domain, [file], 1.0, found.latents[lacking], add)
-            edits.append(truth.edit_scores(domain, known[name], found.x0[lacking], after, targets))
-            sweeps.append(truth.sweep(domain, known[name], file, found.latents[lacking[:sweep_rows]], add))
+            source, latents, few = found.x0[lacking], found.latents[lacking], slice(sweep_rows)
+            after = truth.edited(domain, [file], 1.0, source, latents, add)
+            edits.append(truth.edit_scores(domain, known[name], source, after, targets))
+            sweeps.append(truth.sweep(domain, known[name], file, source[few], latents[few], add))
     mixes = []
     for names in MIXES:
         if not files.keys() >= set(names):

@@ -1,5 +1,7 @@
 """The terms of the fine-tuning loss (DiffusionCLIP, eq. 9 and 10) and the score that belongs to them."""
 
+from math import log
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ DISTANCES = ("l1", "saturating")
 SATURATION = 0.25
 """Change of a pixel, as a mean over its channels in [-1, 1], at which the saturating distance has half of its greatest value."""
 LEAST_CHANGE = 0.01
+SURE = 0.7
+"""Share of the choice at which an image is read as the target text, and the loss asks for no more."""
 
 
 def directional_similarity(before: Tensor, after: Tensor, text_direction: Tensor) -> Tensor:
@@ -33,14 +37,16 @@ def directional_loss(similarity: Tensor, form: str = "log") -> Tensor:
 
 
 def choice_loss(after: Tensor, target: Tensor, sources: Tensor, scale: float) -> Tensor:
-    """How badly CLIP's zero-shot choice among the texts takes edited images for the target text: cross-entropy, mean over the batch.
+    """How badly CLIP's zero-shot choice among the texts takes edited images for the target text, mean over the batch: the cross-entropy
+    above that of a choice that is ``SURE``, 0 for an image that is read as the target.
 
     after (B, D), target (D,), sources (S, D), all of length 1; ``scale`` is CLIP's own factor on cosines. The directional loss asks for
     the right way and not for its length: a few longer strands follow "short hair" to "long hair" as well as long hair does. This one asks
     that the edited image is read as the target. It is not in the paper.
     """
     logits = scale * after @ torch.cat([target[None], sources]).T
-    return F.cross_entropy(logits, torch.zeros(len(after), dtype=torch.long, device=after.device))
+    entropy = F.cross_entropy(logits, torch.zeros(len(after), dtype=torch.long, device=after.device), reduction="none")
+    return F.relu(entropy + log(SURE)).mean()
 
 
 def distance(edited: Tensor, reference: Tensor, form: str = "l1") -> Tensor:

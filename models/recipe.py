@@ -42,6 +42,9 @@ class Recipe:
     """Return step of the projections."""
     projection_steps: int = 6
     """Rungs of each projection; the official code has 6."""
+    trim: float = 0.0
+    """Of an edit, changes fainter than this share of its greatest are undone (``models.trim``); 0 undoes none. A mix is not trimmed, since
+    its fainter part would be taken for a tint, nor an image that was projected, which is to resemble the domain and not its source."""
     class_label: int | None = None
     """For class-conditional base models; None lets the label contribute nothing, as the official code does."""
     seed: int = 0
@@ -65,6 +68,8 @@ class Recipe:
         found = []
         if not 0 <= self.eta <= 1:
             found.append(f"eta must lie between 0 (deterministic) and 1 (DDPM); got {self.eta}")
+        if not 0 <= self.trim < 1:
+            found.append(f"trim must lie between 0 (every change stays) and 1; got {self.trim}")
         if self.projections < 0:
             found.append(f"projections must not be negative; got {self.projections}")
         if self.projections and not 1 <= self.projection_step < timesteps:
@@ -88,6 +93,11 @@ class Recipe:
     def projection(self, alpha_bars: Tensor) -> list[int]:
         """The rungs of one projection: down from its own return step."""
         return path_down(self.projection_step, self.projection_steps, self.spacing, alpha_bars)
+
+    @property
+    def trim_of_edits(self) -> float:
+        """The share that edits are trimmed by."""
+        return 0.0 if self.projections else self.trim
 
     @property
     def calls_up(self) -> int:
@@ -151,7 +161,7 @@ class Tuning:
     id_weight: float = 0.0
     """Of the identity loss, which needs the weights of a face recognition network."""
     choice_weight: float = 0.0
-    """Of CLIP's choice: the cross-entropy of the target text against the source texts, seen from the edited image."""
+    """Of CLIP's choice: the cross-entropy of the target text against the source texts, seen from the edited image, until it is sure."""
     distance: str = "l1"
     """What ``l1_weight`` weighs: ``l1`` (the official code's), or ``saturating``, under which a faint change of everything costs
     more than a strong one of a few pixels."""

@@ -123,6 +123,11 @@ class Edit:
         return stem if self.degree == 1 else f"{stem}_x{self.degree:g}"
 
     @property
+    def trimmable(self) -> bool:
+        """Whether it is of one edit model, and of any weight. In a mix the fainter part would be taken for a tint by the stronger."""
+        return len(self.parts) == 1 and any(any(row[1:]) for row in self.weights.values())
+
+    @property
     def weights(self) -> dict[int, list[float]]:
         """From timestep -> weights of the base model and of each part there; each row sums to 1.
 

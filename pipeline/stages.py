@@ -17,6 +17,7 @@ from torch import Tensor
 from models.diffusion import Draw, NoiseModel, alpha_bar_at, blend, noised, project, stochastic_walk, walk
 from models.domains import Domain
 from models.recipe import Recipe
+from models.trim import trimmed
 from models.unet import NoiseUNet, load_alpha_bars, load_base, load_edit_model
 from pipeline import codec, schema
 from pipeline.batches import Batches
@@ -96,13 +97,15 @@ def _shared_edit_model(base: str, file: str, precision: str, class_label: int | 
 
 
 class Apply:
-    """latent -> edited: the walk down with the mix of base and edit models. Adds ``edited``, ``attribute``, ``degree``."""
+    """latent -> edited: the walk down with the mix of base and edit models, trimmed if the recipe asks for it. Adds ``edited``,
+    ``attribute``, ``degree``."""
 
     def __init__(self, domain: Domain, recipe: Recipe, edit: Edit, resources: Resources):
         self.domain, self.recipe, self.edit, self.resources, self.batches = domain, recipe, edit, resources, Batches(resources)
         self.alpha_bars = load_alpha_bars(domain.weights)
         self.path = recipe.down(self.alpha_bars)
         self.model = self._mix()
+        self.trim = recipe.trim_of_edits if edit.trimmable else 0.0
 
     def _mix(self) -> NoiseModel:
         """Base and edit models that have any weight anywhere, blended."""
@@ -122,6 +125,8 @@ class Apply:
             latents = codec.latents_from_arrow(table["latent"].take(pa.array(good)), size)
             names = table["id"].take(pa.array(good)).to_pylist()
             down = finite(self.batches.walk(latents, names, self._walk), self.recipe)
+            if self.trim:
+                down = self._trimmed(down.clamp(-1, 1), table["image"].take(pa.array(good)))
             for row, picture in zip(good, codec.to_pictures(down), strict=True):
                 edited[row] = {"bytes": codec.encode_png(picture), "path": None}
         count = len(errors)
@@ -131,6 +136,14 @@ class Apply:
             .append_column("attribute", pa.array([self.edit.attribute] * count))
             .append_column("degree", pa.array([self.edit.degree] * count, pa.float32()))
         )
+
+    def _trimmed(self, edited: Tensor, pictures: pa.ChunkedArray) -> Tensor:
+        """Beside the pictures, all of which were decoded before; one that cannot be any more becomes a reject when it is scored."""
+        sources, _ = codec.decode_column(pictures, self.domain.image_size, self.resources.max_pixels)
+        found = [row for row, source in enumerate(sources) if source is not None]
+        if found:
+            edited[found] = trimmed(edited[found], codec.to_tensor([s for s in sources if s is not None]), self.trim)
+        return edited
 
     @torch.no_grad()
     def _walk(self, latents: Tensor, ids: Sequence[str]) -> Tensor:

@@ -19,6 +19,7 @@ from models.diffusion import blend, walk
 from models.domains import Domain
 from models.metrics import directional_score, mean_absolute_error, structural_similarity
 from models.pixelface.judge import Judge, load_judge
+from models.trim import trimmed
 from models.unet import load_alpha_bars, load_base, load_edit_model
 from pipeline import codec, schema
 
@@ -50,13 +51,15 @@ def targets(domain: Domain, attribute: str, ids: Sequence[str]) -> tuple[list[in
 
 
 @torch.no_grad()
-def edited(domain: Domain, files: Sequence[str], degree: float, latents: Tensor, on_batch: OnBatch) -> Tensor:
-    """Latents walked down with edit models at full weight each, as ``edit --mix a=1,b=1 --degree`` does; in [-1, 1]."""
+def edited(domain: Domain, files: Sequence[str], degree: float, x0: Tensor, latents: Tensor, on_batch: OnBatch) -> Tensor:
+    """Latents of x0 walked down with edit models at full weight each, as ``edit --mix a=1,b=1 --degree`` does; in [-1, 1]."""
     models = [load_base(domain.weights), *(load_edit_model(domain.weights, file) for file in files)]
     model = blend(models, [1 - degree * len(files), *[degree] * len(files)])
     alpha_bars, recipe, done = load_alpha_bars(domain.weights), domain.recipe, []
-    for part in latents.split(BATCH):
-        done.append(walk(model, part, recipe.down(alpha_bars), alpha_bars, recipe.order).clamp(-1, 1))
+    trim = recipe.trim_of_edits if len(files) == 1 and degree else 0.0
+    for source, part in zip(x0.split(BATCH), latents.split(BATCH), strict=True):
+        after = walk(model, part, recipe.down(alpha_bars), alpha_bars, recipe.order).clamp(-1, 1)
+        done.append(trimmed(after, source, trim))
         on_batch(len(part))
     return torch.cat(done)
 
@@ -116,12 +119,12 @@ def monotone(probabilities: Tensor) -> float:
     return float((probabilities.diff(dim=0) >= -SLACK).all(0).float().mean())
 
 
-def sweep(domain: Domain, attribute: Attribute, file: str, latents: Tensor, on_batch: OnBatch) -> dict[str, Any]:
+def sweep(domain: Domain, attribute: Attribute, file: str, x0: Tensor, latents: Tensor, on_batch: OnBatch) -> dict[str, Any]:
     """Whether the judge's probability of the attribute grows with the degree, in images that lacked it."""
     assert attribute.changes is not None
     assert domain.judge is not None
     judge = load_judge(domain.judge)
-    found = torch.stack([probability(judge, edited(domain, [file], d, latents, on_batch), *attribute.changes) for d in DEGREES])
+    found = torch.stack([probability(judge, edited(domain, [file], d, x0, latents, on_batch), *attribute.changes) for d in DEGREES])
     return {"attribute": attribute.name, "images": len(latents), "monotone": monotone(found), "mean_probability": found.mean(1).tolist()}
 
 
@@ -131,7 +134,7 @@ def mix(domain: Domain, files: Mapping[str, str], found: Latents, rows: Sequence
     chosen = list(rows)
     changes = dict(a.changes for name, a in attributes_of(domain.family).items() if name in files and a.changes)
     judge, source = load_judge(domain.judge), found.x0[chosen]
-    after = edited(domain, list(files.values()), 1.0, found.latents[chosen], on_batch)
+    after = edited(domain, list(files.values()), 1.0, source, found.latents[chosen], on_batch)
     was, became = judge.read(source), judge.read(after)
     kept = [a[other] == b[other] for a, b in zip(was, became, strict=True) for other in a if other not in changes]
     both = [all(b[factor] == value for factor, value in changes.items()) for b in became]

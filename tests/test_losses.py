@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.losses import choice_loss, directional_loss, directional_similarity, distance
+from models.losses import SURE, choice_loss, directional_loss, directional_similarity, distance
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -93,7 +93,14 @@ def test_the_choice_is_the_negative_logarithm_of_the_share_that_zero_shot_classi
     target, sources = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     after = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.6, 0.8]])
     shares = [exp(6) / (exp(6) + exp(8) + 1), 1 / (1 + exp(6) + exp(8))]
-    assert choice_loss(after, target, sources, 10.0).item() == pytest.approx(-sum(map(log, shares)) / 2, rel=1e-5)
+    assert choice_loss(after, target, sources, 10.0).item() == pytest.approx(log(SURE) - sum(map(log, shares)) / 2, rel=1e-5)
+
+
+def test_an_image_that_is_read_as_the_target_is_asked_for_no_more() -> None:
+    texts = torch.eye(2)
+    sure, unsure = torch.tensor([[0.8, 0.6]]), torch.tensor([[0.6, 0.8]])
+    assert choice_loss(sure, texts[0], texts[1:], 10.0) == 0  # a share of 0.88
+    assert choice_loss(torch.cat([sure, unsure]), texts[0], texts[1:], 10.0) == choice_loss(unsure, texts[0], texts[1:], 10.0) / 2
 
 
 def test_a_longer_step_the_same_way_lowers_the_choice_and_not_the_directional_loss() -> None:

@@ -28,6 +28,7 @@ def test_the_default_and_the_papers_recipe_are_possible() -> None:
         ({"spacing": "log"}, "spacing is one of linspace, sigma; got 'log'"),
         ({"precision": "int8"}, "precision is one of float32, tf32, bfloat16, float16; got 'int8'"),
         ({"eta": 1.5, "solver": "ddim"}, r"eta must lie between 0 \(deterministic\) and 1 \(DDPM\); got 1.5"),
+        ({"trim": 1.0}, r"trim must lie between 0 \(every change stays\) and 1; got 1.0"),
         ({"inversion": "exact"}, "inversion is one of deterministic, stochastic; got 'exact'"),
         ({"projections": -1}, "projections must not be negative; got -1"),
         ({"projections": 1, "projection_step": 1000}, "the projection step must lie between 1 and 999; got 1000"),
@@ -80,7 +81,8 @@ def test_a_misspelt_part_of_a_recipe_is_no_silent_default() -> None:
 
 
 def test_latents_are_told_apart_by_where_they_lie_and_not_by_how_they_will_be_used() -> None:
-    assert Recipe(steps_down=5, precision="float16", solver="ddim", spacing="linspace", eta=0.5, seed=3).of_latent() == Recipe().of_latent()
+    other_way_down = Recipe(steps_down=5, precision="float16", solver="ddim", spacing="linspace", eta=0.5, seed=3, trim=0.5)
+    assert other_way_down.of_latent() == Recipe().of_latent()
     for other in (
         Recipe(return_step=401),
         Recipe(steps_up=21),

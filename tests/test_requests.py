@@ -151,6 +151,7 @@ def test_images_are_walked_to_the_return_step_that_all_their_edit_models_were_tu
         ({"projection_step": 300}, "--project-step belongs to --project"),
         ({"projection_steps": 3}, "--project-steps belongs to --project"),
         ({"seed": 1}, "--seed is of fresh noise, and this walk has none: leave it out, or give --eta, --project or"),
+        ({"projections": 2, "trim": 0.2}, "--trim keeps what the source image is like, which an image brought into the domain"),
         ({"inversion": "stochastic", "steps_up": 3}, "--steps-up does nothing with --inversion stochastic"),
     ],
 )

@@ -22,6 +22,7 @@ from models.domains import Domain
 from models.pixelface.avatars import FACTORS
 from models.pixelface.judge import Judge
 from models.recipe import Recipe
+from models.trim import trimmed
 from models.unet import NoiseUNet, load_alpha_bars, load_base, load_edit_model
 from pipeline import codec, schema
 from pipeline.codec import decode_column
@@ -206,6 +207,24 @@ def test_degree_one_is_the_edit_models_walk_and_never_asks_the_base(domain: Doma
     got = pixels(apply(domain, Edit(parts=(part,)), latents))
     assert equal(got, walked(domain, latents, load_edit_model(domain.weights, part.file)))
     assert not close(got, walked(domain, latents, load_base(domain.weights)))
+
+
+def test_an_edit_is_trimmed_beside_its_source_and_a_mix_a_reconstruction_or_a_projection_is_not(
+    domain: Domain, invert: Invert, tiny_edit: TinyEdit
+) -> None:
+    latents, part, trim = invert(images(png(0), BAD, png(1))), tiny_edit(domain, "smiling"), replace(domain.recipe, trim=0.9)
+    edit = Edit(parts=(part,))
+    plain, got = apply(domain, edit, latents), apply(domain, edit, latents, trim)
+    sources, before, after = (
+        codec.to_tensor([p for p in pixels(t, column) if p is not None])
+        for t, column in ((latents, "image"), (plain, "edited"), (got, "edited"))
+    )
+    assert torch.allclose(after, trimmed(before, sources, 0.9), atol=2 / 127)
+    assert (after == sources).float().mean() > 0.1 > (before == sources).float().mean()
+    mix = Edit(parts=(replace(part, weight=0.5), tiny_edit(domain, "hat", 0.5)))
+    for other in (Edit(), replace(edit, degree=0.0), mix):
+        assert equal(pixels(apply(domain, other, latents, trim)), pixels(apply(domain, other, latents)))
+    assert equal(pixels(apply(domain, edit, latents, replace(trim, projections=1))), pixels(plain))
 
 
 @pytest.mark.parametrize("degree", [-0.5, 0.5, 1.5])

@@ -78,8 +78,9 @@ def test_the_network_of_pixelface_takes_images_of_its_size() -> None:
     assert domain.recipe.problems(timesteps) == []
 
 
-def test_a_domain_without_a_recipe_of_its_own_has_the_projects() -> None:
-    assert DOMAINS["pixelface"].recipe == Recipe()
+def test_the_embedded_domain_walks_by_the_projects_recipe_and_only_it_trims_edits() -> None:
+    assert replace(DOMAINS["pixelface"].recipe, trim=0.0) == Recipe()
+    assert [name for name, domain in DOMAINS.items() if domain.recipe.trim] == ["pixelface"]
 
 
 @pytest.mark.parametrize(

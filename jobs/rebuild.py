@@ -297,7 +297,7 @@ def zero_unseen_words(weights: dict[str, torch.Tensor], tokenizer: SimpleTokeniz
 
 @app.command()
 def judge(build: Build = BUILD, steps: int = 2500) -> None:
-    """Train the factor classifier that judges edits (a quarter of an hour on one core)."""
+    """Train the factor classifier that judges edits (five minutes on one core)."""
     torch.manual_seed(0)
     pictures, factors = load_pictures(build)
     model = Judge()

@@ -66,7 +66,10 @@ def recipe_for(source: Source, domain: Domain, given: dict[str, Any], edits: Seq
     of_latents = about.get("kind") == "latents"
     made = about.get("recipe", {}) if of_latents else _common_return_step(edits)
     recipe = Recipe.from_dict(domain.recipe.to_dict() | made | given)
-    if problems := idle_options(recipe, given, of_latents):
+    problems = idle_options(recipe, given, of_latents)
+    if "trim" in given and edits and not any(edit.trimmable for edit in edits):
+        problems.append("--trim is of edits with one attribute, and there is none: mixes and reconstructions are not trimmed; leave it out")
+    if problems:
         raise ConfigError(*problems)
     return recipe
 

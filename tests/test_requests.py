@@ -11,7 +11,7 @@ from tiny import save_diffusion
 from jobs.finetune import tuning_for
 from jobs.requests import attribute_named, domain_named, edit_models, make_edits, parse_mix, recipe_for
 from models.domains import DOMAINS
-from models.recipe import retuned
+from models.recipe import Recipe, retuned
 from pipeline.config import ConfigError, Source
 
 PIXELFACE = DOMAINS["pixelface"]
@@ -158,6 +158,16 @@ def test_images_are_walked_to_the_return_step_that_all_their_edit_models_were_tu
 def test_an_option_that_would_do_nothing_is_refused(given, says):
     with pytest.raises(ConfigError, match=says):
         recipe_for(Source(path=str(PIXELFACE.held_out)), PIXELFACE, given)
+
+
+def test_a_trim_is_refused_where_nothing_would_be_trimmed():
+    def recipe(*names: str, mixes: tuple[str, ...] = ()) -> Recipe:
+        edits = make_edits(PIXELFACE, list(names), list(mixes), [], [])
+        return recipe_for(Source(path=str(PIXELFACE.held_out)), PIXELFACE, {"trim": 0.2}, edits)
+
+    assert recipe("none", "glasses").trim == 0.2
+    with pytest.raises(ConfigError, match="--trim is of edits with one attribute, and there is none"):
+        recipe("none", mixes=("glasses=1,smiling=1",))
 
 
 def test_options_of_fresh_noise_are_taken_where_there_is_some():

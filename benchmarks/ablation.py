@@ -30,14 +30,11 @@ ATTRIBUTES = ("hat", "red_hair")
 SEED, AVATARS = 4, 64
 STEPS_DOWN = 10
 """Half of the recipe's own: edits hardly differ, and there are many to make."""
-TRAINED_TRIM = 0.5
-"""What the shipped edit models are trained with: more than the recipe's, with which they are used."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "another seed": {"seed": 1},
-    "no trim": {"trained_trim": 0.0, "trim": 0.0},
+    "no trim": {"trim": 0.0},
     "trained without trim, trimmed": {"trained_trim": 0.0},
-    "trained with the trim of use": {"trained_trim": DOMAIN.recipe.trim},
     "no choice": {"choice_weight": 0.0},
     "three times the choice": {"choice_weight": 3 * DOMAIN.tuning.choice_weight},
     "no warm-up": {"warmup": 0},
@@ -69,13 +66,13 @@ def measured(name: str, changes: dict[str, Any], avatars: list[Avatar], images: 
     attribute = attributes_of(DOMAIN.family)[name]
     assert attribute.changes is not None
     recipe = replace(DOMAIN.recipe, **{part: rest.pop(part) for part in ("return_step", "trim") if part in rest})
-    clips, trained = rest.pop("clips", (DOMAIN.clip,)), replace(recipe, trim=rest.pop("trained_trim", TRAINED_TRIM))
-    of_kind = DOMAIN.tuning.l1_weight if attribute.l1_weight is None else attribute.l1_weight
-    own = {"l1_weight": rest.pop("l1_factor", 1.0) * of_kind}
+    clips, trained = rest.pop("clips", (DOMAIN.clip,)), replace(recipe, trim=rest.pop("trained_trim", recipe.trim))
+    of_kind = replace(DOMAIN.tuning, **dict(attribute.tuning))
+    own = {"l1_weight": of_kind.l1_weight * rest.pop("l1_factor", 1.0)}
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"])
     x0, base = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), load_base(DOMAIN.weights)
     latents = moved(base, x0, recipe.up(BARS), recipe.order)
-    model = train(attribute, replace(DOMAIN.tuning, **{**own, **rest}), latents, x0, trained, clips)
+    model = train(attribute, replace(of_kind, **{**own, **rest}), latents, x0, trained, clips)
     factor, value = attribute.changes
     without = [a for a in avatars if a["factors"][factor] != value][:images]
     source, target = pictures(without), pictures([with_factor(a, factor, value) for a in without])

@@ -88,7 +88,7 @@ def main(
     edits: Annotated[Path | None, typer.Option(help="Where the picture of edits goes.")] = None,
     samples: Annotated[Path | None, typer.Option(help="Where the picture of pictures from noise goes.")] = None,
     faces: Annotated[int, typer.Option(min=1, help="Of each edit.")] = 4,
-    count: Annotated[int, typer.Option(min=1, help="Of pictures from noise.")] = 60,
+    count: Annotated[int, typer.Option(min=1, help="Of pictures from noise.")] = 50,
     threads: int = 2,
 ) -> None:
     """Writes one or both pictures."""
@@ -98,7 +98,7 @@ def main(
     if samples:
         with display("pictures from noise", count, "images") as shown:
             pictures = sample(DOMAIN, count, SAMPLE_STEPS, shown.update)
-        table_of_samples(pictures, recognised(DOMAIN, pictures).tolist(), 12).save(samples)
+        table_of_samples(pictures, recognised(DOMAIN, pictures).tolist(), 10).save(samples)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ LIVE = "smiling"
 LIVE_IMAGES = 64
 LIVE_TUNING = {"images": 32, "choose_from": LIVE_IMAGES}
 """Less than the ready-made edit models had, to be done within a minute."""
-LIVE_TRIM = {"trim": 0.5}
-"""As those: training is stricter than use."""
 Folder = Annotated[Path, typer.Option("--out", help="Where everything goes; an earlier demo there is replaced.")]
 Rows = Annotated[int, typer.Option(help="Held-out images to edit.", min=1, max=1000)]
 
@@ -98,7 +96,7 @@ def run_chain(out: Path, pictures: Path, seconds: dict[str, float]) -> None:
         run_plan(make_plan(latents), "invert")
     with timed(seconds, "fine-tune"):
         live = attribute_named(domain, LIVE)
-        run = tune_run(str(out / "latents"), str(out / "models"), domain.name, live, LIVE_TUNING, LIVE_TRIM, {"cpus": 2.0})
+        run = tune_run(str(out / "latents"), str(out / "models"), domain.name, live, LIVE_TUNING, {}, {"cpus": 2.0})
         train([make_tune_plan(run)], parallel=1)
     with timed(seconds, "edit and score"):
         models = [str(out / "models")]

@@ -291,7 +291,7 @@ def tuning_for(tuning: Any, attribute: Any, numbers: dict[str, Any]) -> Any:
 
     from models.recipe import retuned
 
-    known = replace(tuning, **o.given(l1_weight=attribute.l1_weight))
+    known = replace(tuning, **dict(attribute.tuning))
     if attribute.learning_rate is not None:
         known, numbers = replace(known, learning_rate=attribute.learning_rate, rank=None), {"rank": tuning.rank, **numbers}
     return retuned(known, numbers)

@@ -9,7 +9,7 @@ from models.domains import Domain
 
 RETURN_STEPS = (200, 400, 600)
 """Of the round trips."""
-SAMPLE_STEPS = 100
+SAMPLE_STEPS = 200
 MIXES = (("glasses", "smiling"), ("hat", "smiling"), ("glasses", "red_hair"))
 EDIT_COLUMNS = ("images", "success", "kept", "outside", "to_counterfactual", "source_to_counterfactual", "scoring_clip_direction")
 

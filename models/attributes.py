@@ -22,19 +22,23 @@ class Attribute:
     """The factor and the value that the edit should give it, where a domain knows its factors."""
     return_step: int | None = None
     learning_rate: float | None = None
-    l1_weight: float | None = None
-    """Of its kind, where that is not the domain's."""
+    tuning: tuple[tuple[str, float], ...] = ()
+    """Numbers of its kind, where those are not the domain's."""
     note: str = ""
     """The file name of the published edit model that the return step is of; how the text was corrected."""
 
 
 def _pixelface(name: str, source: str, target: str, factor: str, value: str) -> Attribute:
-    weight = L1_WEIGHTS.get(factor)
-    return Attribute(name=name, family="pixelface", source=source, target=target, changes=(factor, value), l1_weight=weight)
+    changes, of_kind = (factor, value), KINDS.get(factor, ())
+    return Attribute(name=name, family="pixelface", source=source, target=target, changes=changes, tuning=of_kind)
 
 
-L1_WEIGHTS = {"hair_length": 0.6}
-"""Long hair has to be drawn where there was none. At the weight of the others a few bright pixels beside the ears are cheaper."""
+KINDS: dict[str, tuple[tuple[str, float], ...]] = {
+    "glasses": (("l1_weight", 0.6),),
+    "hair_length": (("l1_weight", 1.2), ("learning_rate", 3e-3)),
+}
+"""Of what has many parts to be drawn where there was nothing: with the numbers of the others tinted lenses, or a few bright pixels
+beside the ears, are cheaper, and CLIP is content with them."""
 
 
 def _official(

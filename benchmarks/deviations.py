@@ -74,7 +74,7 @@ def train(
     networks = [load_clip(clip) for clip in clips]
     model = deepcopy(load_base(DOMAIN.weights))
     if tuning.rank is not None:
-        lora.add(model.unet, tuning.rank)
+        lora.add(model.unet, tuning.rank, tuning.seed)
     else:
         for parameter in trainable(model):
             parameter.requires_grad_(True)
@@ -84,7 +84,6 @@ def train(
         alpha_bars=BARS,
         order=recipe.order,
         tuning=tuning,
-        trim=recipe.trim_of_edits,
     )
     chosen = lacking(x0, objective, tuning.images) if tuning.choose_from else torch.arange(min(len(x0), tuning.images))
     latents, x0 = latents[chosen], x0[chosen]
@@ -119,7 +118,7 @@ def moved(model: NoiseModel, x: Tensor, path: list[int], order: int) -> Tensor:
 
 def fine_tuning(images: int, names: list[str]) -> list[dict[str, Any]]:
     """Every variant of the training for every attribute, judged on the same held-out images."""
-    recipe, base = replace(DOMAIN.recipe, trim=0.0), load_base(DOMAIN.weights)
+    recipe, base = DOMAIN.recipe, load_base(DOMAIN.weights)
     data = schema.image_bytes(pq.read_table(DOMAIN.tuning_images)["image"].slice(0, OFFICIAL.images))
     x0, unseen = codec.to_tensor([codec.decode(d, DOMAIN.image_size) for d in data]), held_out_pictures(DOMAIN)[0][:images]
     latents, unseen_latents = (moved(base, pictures, recipe.up(BARS), recipe.order) for pictures in (x0, unseen))

@@ -106,7 +106,6 @@ def finetune(
     steps_down: TuneSteps = None,
     memory: Memory = None,
     precision: o.Precision = None,
-    trim: o.Trim = None,
     rank: Rank = None,
     ema: Ema = None,
     seed: Seed = None,
@@ -192,7 +191,7 @@ def finetune(
         "identity": identity,
         "max_pixels": max_pixels,
     }
-    runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision, trim=trim), others) for wanted in chosen]
+    runs = [tune_run(latents, models, domain, wanted, numbers, o.given(precision=precision), others) for wanted in chosen]
     if only_planned(runs):
         return
     with explained(f"{latents} or {models} cannot be used"):
@@ -285,16 +284,15 @@ def tune_run(
 
 
 def tuning_for(tuning: Any, attribute: Any, numbers: dict[str, Any]) -> Any:
-    """A domain's tuning with an attribute's numbers and those that were given. A rate that an attribute was published with is one of
+    """A domain's tuning with an attribute's rate and the numbers that were given. A rate that an attribute was published with is one of
     the whole network."""
     from dataclasses import replace
 
     from models.recipe import retuned
 
-    known = replace(tuning, **dict(attribute.tuning))
-    if attribute.learning_rate is not None:
-        known, numbers = replace(known, learning_rate=attribute.learning_rate, rank=None), {"rank": tuning.rank, **numbers}
-    return retuned(known, numbers)
+    if attribute.learning_rate is None:
+        return retuned(tuning, numbers)
+    return retuned(replace(tuning, learning_rate=attribute.learning_rate, rank=None), {"rank": tuning.rank, **numbers})
 
 
 def rates(runs: list[Any]) -> list[str]:

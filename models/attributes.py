@@ -22,23 +22,12 @@ class Attribute:
     """The factor and the value that the edit should give it, where a domain knows its factors."""
     return_step: int | None = None
     learning_rate: float | None = None
-    tuning: tuple[tuple[str, float], ...] = ()
-    """Numbers of its kind, where those are not the domain's."""
     note: str = ""
     """The file name of the published edit model that the return step is of; how the text was corrected."""
 
 
 def _pixelface(name: str, source: str, target: str, factor: str, value: str) -> Attribute:
-    changes, of_kind = (factor, value), KINDS.get(factor, ())
-    return Attribute(name=name, family="pixelface", source=source, target=target, changes=changes, tuning=of_kind)
-
-
-KINDS: dict[str, tuple[tuple[str, float], ...]] = {
-    "glasses": (("l1_weight", 0.6),),
-    "hair_length": (("l1_weight", 1.2), ("learning_rate", 3e-3)),
-}
-"""Of what has many parts to be drawn where there was nothing: with the numbers of the others tinted lenses, or a few bright pixels
-beside the ears, are cheaper, and CLIP is content with them."""
+    return Attribute(name=name, family="pixelface", source=source, target=target, changes=(factor, value))
 
 
 def _official(

@@ -123,6 +123,7 @@ _ALL = (
             steps_down=4,
             form="cosine",
             choice_weight=0.1,
+            ema=0.9,
             l1_weight=2.4,
             distance="saturating",
             rank=8,

@@ -16,7 +16,6 @@ from models.diffusion import NoiseModel, moves, predicted_x0, walk
 from models.identity import Identity, identity_loss
 from models.losses import choice_loss, directional_loss, directional_similarity, distance
 from models.recipe import Tuning
-from models.trim import trimmed
 from models.views import draw_views
 
 
@@ -32,8 +31,6 @@ class Objective:
     tuning: Tuning
     identity: Identity | None = None
     """Needed if the tuning weighs an identity loss."""
-    trim: float = 0.0
-    """The recipe's: CLIP and the identity network see the edited images as users will."""
     draw: torch.Generator | None = None
     """Where the views of an image come from; without it CLIP sees the images themselves."""
 
@@ -47,11 +44,9 @@ class Objective:
 
 def image_loss(edited: Tensor, reference: Tensor, objective: Objective) -> dict[str, Tensor]:
     """Scalars ``loss``, ``clip``, ``l1``, ``similarity`` (``choice``, ``identity``) of edited images and what they are compared
-    with, (B, 3, H, W) each in about [-1, 1] (DiffusionCLIP, eq. 10). The distance is that before anything is trimmed, so that
-    faint changes are held back too."""
+    with, (B, 3, H, W) each in about [-1, 1] (DiffusionCLIP, eq. 10)."""
     tuning, similarities, terms, choices = objective.tuning, [], [], []
     l1_term = distance(edited, reference, tuning.distance)
-    edited = trimmed(edited, reference, objective.trim)
     views = draw_views(reference, tuning.views, tuning.view_noise, objective.draw) if objective.draw is not None else None
     for clip, direction in objective.clips:
         look = partial(views.features, clip) if views is not None else clip.image_features

@@ -11,13 +11,12 @@ def trimmed(edited: Tensor, source: Tensor, share: float) -> Tensor:
     greatest change of the image itself: what changed by more stays, what changed by less than half of it is undone, in between it is
     undone in part. So half the degree trims at half the change, and a faint edit is not taken for a tint. 0 undoes nothing.
     Changes are means over squares of a 32nd of the image's side, one pixel of 32 and nine of 256; the greatest over squares thrice as wide.
-    Gradients flow through the changes that stay, and not through the choice of which those are.
     """
     if not share:
         return edited
     change = edited - source
     side = edited.shape[-1] // 32 | 1
-    size = _mean_over_squares(change.detach().abs().mean(1, keepdim=True), side)
+    size = _mean_over_squares(change.abs().mean(1, keepdim=True), side)
     greatest = _mean_over_squares(size, 3 * side).amax((1, 2, 3), keepdim=True)
     kept = (2 * size / (share * greatest).clamp_min(1e-6) - 1).clamp(0, 1)
     return source + kept * change

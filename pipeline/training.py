@@ -204,7 +204,6 @@ def make_objective(run: TuneRun, device: str) -> "Objective":
         alpha_bars=alpha_bars,
         order=run.recipe.order,
         tuning=run.tuning,
-        trim=run.recipe.trim_of_edits,
         identity=load_identity(run.identity).to(device) if run.identity and run.tuning.id_weight else None,
     )
 

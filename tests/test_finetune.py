@@ -31,7 +31,6 @@ from models.finetune import (
 )
 from models.losses import choice_loss
 from models.recipe import Tuning
-from models.trim import trimmed
 from models.unet import load_alpha_bars, load_base
 
 TUNING = Tuning(epochs=3, batch=2, learning_rate=1e-3, learning_rate_growth=1.3, steps_down=3)
@@ -482,16 +481,6 @@ def test_the_choice_counts_beside_the_directional_loss_and_falls_when_it_is_trai
     assert "choice" not in image_loss(X0, X0, objective)
     ends = run(fresh(), with_tuning(alone, epochs=12, batch=5, learning_rate=3e-3, learning_rate_growth=1.0))
     assert ends[-1]["choice"] < 0.8 * ends[0]["choice"]
-
-
-def test_clip_sees_the_edit_trimmed_and_the_distance_is_that_of_all_of_it(objective: Objective) -> None:
-    edited = X0 + 0.02
-    edited[..., :4, :4] += 0.5
-    cut, whole = replace(objective, trim=0.5), image_loss(edited, X0, objective)
-    told = image_loss(edited, X0, cut)
-    assert torch.equal(told["l1"], whole["l1"])
-    assert torch.equal(told["clip"], image_loss(trimmed(edited, X0, 0.5), X0, objective)["clip"])
-    assert not torch.equal(told["clip"], whole["clip"])
 
 
 def test_the_rate_grows_evenly_over_the_warm_up_whatever_the_epochs_are(objective: Objective, fresh: Callable[[], nn.Module]) -> None:

@@ -26,7 +26,7 @@ from jobs.rebuild import groups
 from jobs.tables import count_table
 from models.attributes import attributes_of
 from models.pixelface.avatars import Avatar, render, with_factor
-from models.recipe import Recipe
+from models.recipe import LOW_RANK_RATE, Recipe
 from models.trim import trimmed
 from models.unet import load_base
 from pipeline import codec, schema
@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no trim": {"trim": 0.0},
     "no moving average": {"ema": 0.0},
     "no choice": {"choice_weight": 0.0},
-    "half the choice": {"choice_weight": 0.5 * DOMAIN.tuning.choice_weight},
     "twice the choice": {"choice_weight": 2 * DOMAIN.tuning.choice_weight},
     "no warm-up": {"warmup": 0},
     "distance l1": {"distance": "l1"},
@@ -54,8 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reference reconstruction": {"reference": "reconstruction"},
     "batch 8, half as many steps": {"batch": 8, "warmup": 8},
     "6 rungs": {"steps_down": 6},
+    "ladder linspace": {"spacing": "linspace"},
     "rank 32": {"rank": 32},
-    "full network, rate 5e-5": {"rank": None, "learning_rate": 5e-5},
+    "full network, a twentieth of the rate": {"rank": None, "learning_rate": DOMAIN.tuning.learning_rate / LOW_RANK_RATE},
     "return step 300": {"return_step": 300},
     "return step 500": {"return_step": 500},
     "two CLIPs": {"clips": (DOMAIN.clip, DOMAIN.scoring_clip)},
@@ -88,7 +88,7 @@ def measured(name: str, variant: str, seed: int, images: int) -> dict[str, Any]:
     rest = dict(VARIANTS[variant])
     attribute = attributes_of(DOMAIN.family)[name]
     assert attribute.changes is not None
-    recipe = replace(DOMAIN.recipe, **{part: rest.pop(part) for part in ("return_step", "trim") if part in rest})
+    recipe = replace(DOMAIN.recipe, **{part: rest.pop(part) for part in ("return_step", "spacing", "trim") if part in rest})
     clips = rest.pop("clips", (DOMAIN.clip,))
     tuning = replace(DOMAIN.tuning, seed=seed, **rest)
     x0, latents, of_avatars = inverted(replace(recipe, trim=0.0))

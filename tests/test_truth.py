@@ -1,7 +1,7 @@
 """What would be lost: distances to the exact counterfactual, where an edit changed what it should not, degrees and mixes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,14 @@ def test_the_figures_of_a_domain_cover_every_edit_degree_and_mix(domain: Domain)
 def test_committed_figures_are_of_the_shipped_weights() -> None:
     results = Path(__file__).parents[1] / "benchmarks" / "results" / "pixelface.json"
     assert json.loads(results.read_text())["weights"] == fingerprints(DOMAINS["pixelface"])
+
+
+def test_every_shipped_edit_is_of_one_recipe_the_domains_own() -> None:
+    pixelface = DOMAINS["pixelface"]
+    for name, attribute in attributes_of("pixelface").items():
+        card = json.loads(Path(f"{pixelface.edits}/{name}.json").read_text())
+        assert (card["recipe"], card["tuning"]) == (pixelface.recipe.to_dict(), asdict(pixelface.tuning)), name
+        assert (card["source"], card["target"]) == (attribute.source, attribute.target)
 
 
 def test_shipped_counterfactuals_are_what_the_judge_takes_them_for() -> None:

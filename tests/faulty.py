@@ -132,6 +132,7 @@ class Filled(Light):
 
     def finish(self, table: pa.Table, withheld: Any = None) -> pa.Table:
         if not happens(self.run, "room", 2):
+            wait_for_parts(self.run.output, 2)
             with suppress(OSError), Path(self.run.output, BALLAST).open("ab", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
@@ -159,9 +160,16 @@ class ReadOnly(Light):
 
     def finish(self, table: pa.Table, withheld: Any = None) -> pa.Table:
         if not happens(self.run, "room", 2):
+            wait_for_parts(self.run.output, 2)
             while remount(self.run.output, "ro"):  # busy as long as a file is open for writing
                 pass
         return super().finish(table, withheld)
+
+
+def wait_for_parts(folder: str | Path, count: int) -> None:
+    """Until so many blocks are whole: the other worker may still be writing one that it has finished."""
+    while len(list(Path(folder).glob("part-*.parquet"))) < count:
+        pass
 
 
 def remount(folder: str | Path, how: str) -> int:

@@ -118,6 +118,10 @@ def main(
 ) -> None:
     """Prints for every variant and attribute the mean over the seeds, and of success the least and the greatest too."""
     names = [v for v in VARIANTS if not variant or any(v.startswith(start) for start in variant)]
+    if not names:
+        raise typer.BadParameter(f"no variant begins like that; there are {', '.join(VARIANTS)}")
+    if unknown := set(attribute or ()) - attributes_of(DOMAIN.family).keys():
+        raise typer.BadParameter(f"unknown attribute {', '.join(unknown)}; there are {', '.join(attributes_of(DOMAIN.family))}")
     wanted = [(a, v, seed) for seed in range(seeds) for a in attribute or ATTRIBUTES for v in names]
     results: list[dict[str, Any]] = []
     with (

@@ -32,7 +32,7 @@ from models.unet import load_base
 from pipeline import codec, schema
 from pipeline.truth import edit_scores
 
-ATTRIBUTES = ("hat", "red_hair")
+ATTRIBUTES = ("hat", "black_hair")
 DRAWN_WITH, AVATARS = 4, 64
 STEPS_DOWN = 10
 """Half of the recipe's own: edits hardly differ, and there are many to make."""
@@ -41,17 +41,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no trim": {"trim": 0.0},
     "no moving average": {"ema": 0.0},
     "no choice": {"choice_weight": 0.0},
+    "choice without a lead": {"choice_lead": 0.0},
+    "choice with the whole lead": {"choice_lead": 1.0},
     "twice the choice": {"choice_weight": 2 * DOMAIN.tuning.choice_weight},
     "no warm-up": {"warmup": 0},
     "distance l1": {"distance": "l1"},
     "half the weight of the distance": {"l1_weight": 0.5 * DOMAIN.tuning.l1_weight},
     "twice the weight of the distance": {"l1_weight": 2 * DOMAIN.tuning.l1_weight},
     "CLIP sees the image itself": {"views": 1},
-    "the first 64 images": {"choose_from": 0},
-    "32 images, twice the epochs": {"images": 32, "epochs": 14, "learning_rate_growth": 0.933},
+    "the first 96 images": {"choose_from": 0},
+    "48 images, twice the epochs": {"images": 48, "epochs": 12, "learning_rate_growth": 0.911},
     "form log": {"form": "log"},
     "reference reconstruction": {"reference": "reconstruction"},
-    "batch 8, half as many steps": {"batch": 8, "warmup": 8},
+    "batch 4, twice as many steps": {"batch": 4, "warmup": 48},
+    "batch 16, half as many steps": {"batch": 16, "warmup": 12},
     "6 rungs": {"steps_down": 6},
     "ladder linspace": {"spacing": "linspace"},
     "rank 32": {"rank": 32},

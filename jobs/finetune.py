@@ -50,6 +50,10 @@ ClipWeight = Annotated[float | None, typer.Option(help="Of the directional CLIP 
 ChoiceWeight = Annotated[
     float | None, typer.Option(help="Of CLIP's choice of the target text over the source texts.", rich_help_panel=LOSS)
 ]
+ChoiceLead = Annotated[
+    float | None,
+    typer.Option(help="The target text is to lead by so many times the lead that the source texts had.", rich_help_panel=LOSS),
+]
 L1Weight = Annotated[float | None, typer.Option(help="Of the distance to the source.", rich_help_panel=LOSS)]
 Distance = Annotated[
     str | None,
@@ -111,6 +115,7 @@ def finetune(
     seed: Seed = None,
     clip_weight: ClipWeight = None,
     choice_weight: ChoiceWeight = None,
+    choice_lead: ChoiceLead = None,
     l1_weight: L1Weight = None,
     distance: Distance = None,
     id_weight: IdWeight = None,
@@ -168,6 +173,7 @@ def finetune(
         seed=seed,
         clip_weight=clip_weight,
         choice_weight=choice_weight,
+        choice_lead=choice_lead,
         l1_weight=l1_weight,
         distance=distance,
         id_weight=id_weight,

@@ -56,7 +56,7 @@ def image_loss(edited: Tensor, reference: Tensor, objective: Objective) -> dict[
         similarities.append(directional_similarity(before, after, direction(before)))
         terms.append(directional_loss(similarities[-1], tuning.form))
         if tuning.choice_weight:
-            choices.append(choice_loss(after, direction.target, direction.sources, clip.scale))
+            choices.append(choice_loss(before, after, direction.target, direction.sources, clip.scale, tuning.choice_lead))
     clip_term = torch.stack(terms).mean()
     losses = {"clip": clip_term, "l1": l1_term, "similarity": torch.stack(similarities).mean().detach()}
     loss = tuning.clip_weight * clip_term + tuning.l1_weight * l1_term
@@ -241,7 +241,11 @@ def clones(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def start_training(model: nn.Module, tuning: Tuning, device: str = "cpu", precision: str = "float32") -> Training:
-    """Adam with its usual betas and no weight decay over the parameters that require gradients, as in the paper."""
+    """Adam with its usual betas and no weight decay over the parameters that require gradients, as in the paper.
+
+    The model's convolutions get the layout in memory in which they are faster.
+    """
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     training = Training(
         model=model,
         optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=tuning.learning_rate),

@@ -1,7 +1,5 @@
 """The terms of the fine-tuning loss (DiffusionCLIP, eq. 9 and 10) and the score that belongs to them."""
 
-from math import log
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +9,6 @@ DISTANCES = ("l1", "saturating")
 SATURATION = 0.25
 """Change of a pixel, as a mean over its channels in [-1, 1], at which the saturating distance has half of its greatest value."""
 LEAST_CHANGE = 0.01
-SURE = 0.7
-"""Share of the choice at which an image is read as the target text, and the loss asks for no more."""
 
 
 def directional_similarity(before: Tensor, after: Tensor, text_direction: Tensor) -> Tensor:
@@ -36,17 +32,22 @@ def directional_loss(similarity: Tensor, form: str = "log") -> Tensor:
     return -torch.log(((1 + similarity) / 2).clamp_min(1e-6)).mean()
 
 
-def choice_loss(after: Tensor, target: Tensor, sources: Tensor, scale: float) -> Tensor:
-    """How badly CLIP's zero-shot choice among the texts takes edited images for the target text, mean over the batch: the cross-entropy
-    above that of a choice that is ``SURE``, 0 for an image that is read as the target.
+def target_lead(features: Tensor, target: Tensor, sources: Tensor, scale: float) -> Tensor:
+    """(B,) by how much the target text leads in CLIP's zero-shot choice among the texts: the logarithm of its probability over that of
+    all source texts together. features (B, D), target (D,), sources (S, D), all of length 1; ``scale`` is CLIP's own factor on cosines."""
+    return scale * features @ target - (scale * features @ sources.T).logsumexp(1)
 
-    after (B, D), target (D,), sources (S, D), all of length 1; ``scale`` is CLIP's own factor on cosines. The directional loss asks for
-    the right way and not for its length: a few longer strands follow "short hair" to "long hair" as well as long hair does. This one asks
-    that the edited image is read as the target. It is not in the paper.
+
+def choice_loss(before: Tensor, after: Tensor, target: Tensor, sources: Tensor, scale: float, lead: float) -> Tensor:
+    """How much edited images (features ``after``) lack of the lead that the target text is to have, mean over the batch.
+
+    It is to lead by ``lead`` times as much as the source texts did in the image that the edit began with (``before``), and more earns
+    nothing: 1 asks that CLIP is as sure of the edit as it was of the source, 0 that it is just about read as the target. The directional
+    loss asks for the right way and not for its length: a few longer strands follow "short hair" to "long hair" as well as long hair does.
+    It is not in the paper. Shapes as for ``target_lead``.
     """
-    logits = scale * after @ torch.cat([target[None], sources]).T
-    entropy = F.cross_entropy(logits, torch.zeros(len(after), dtype=torch.long, device=after.device), reduction="none")
-    return F.relu(entropy + log(SURE)).mean()
+    wanted = -lead * target_lead(before, target, sources, scale)
+    return F.relu(wanted.clamp_min(0) - target_lead(after, target, sources, scale)).mean()
 
 
 def distance(edited: Tensor, reference: Tensor, form: str = "l1") -> Tensor:

@@ -161,7 +161,9 @@ class Tuning:
     id_weight: float = 0.0
     """Of the identity loss, which needs the weights of a face recognition network."""
     choice_weight: float = 0.0
-    """Of CLIP's choice: the cross-entropy of the target text against the source texts, seen from the edited image, until it is sure."""
+    """Of CLIP's choice: what the target text lacks of its wanted lead over the source texts, seen from the edited image."""
+    choice_lead: float = 0.5
+    """The wanted lead, as a multiple of the one that the source texts have in the image before the edit."""
     distance: str = "l1"
     """What ``l1_weight`` weighs: ``l1`` (the official code's), or ``saturating``, under which a faint change of everything costs
     more than a strong one of a few pixels."""
@@ -214,6 +216,8 @@ class Tuning:
             found.append(f"the rank of low-rank weights must lie between 1 and 256; got {self.rank}")
         if not 0 <= self.view_noise <= 2:
             found.append(f"the noise of views must lie between 0 and 2; got {self.view_noise}")
+        if not 0 <= self.choice_lead <= 2:
+            found.append(f"the lead of the choice must lie between 0 and 2; got {self.choice_lead}")
         if not 0 <= self.ema < 1:
             found.append(f"the decay of the moving average must lie between 0 and 1; got {self.ema}")
         if (self.patience or self.stop_at is not None) and not self.held_out:

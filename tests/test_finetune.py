@@ -473,7 +473,8 @@ def test_the_choice_counts_beside_the_directional_loss_and_falls_when_it_is_trai
     direction = TextDirection(other.target[None], other.sources[0])  # the texts that the pictures are farther from
     alone = with_tuning(replace(objective, clips=((clip, direction),)), clip_weight=0.0, l1_weight=0.0, choice_weight=0.5)
     texts = torch.stack([direction.target, *direction.sources])
-    chosen = choice_loss(clip.image_features(X0), texts[0], texts[1:], clip.scale)
+    features = clip.image_features(X0)
+    chosen = choice_loss(features, features, texts[0], texts[1:], clip.scale, alone.tuning.choice_lead)
     assert chosen > 0
     told = image_loss(X0, X0, alone)
     assert told["choice"].item() == pytest.approx(chosen.item(), rel=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.losses import SURE, choice_loss, directional_loss, directional_similarity, distance
+from models.losses import choice_loss, directional_loss, directional_similarity, distance
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -89,24 +89,35 @@ def test_the_saturating_distance_is_that_of_l1_at_its_ends_and_dear_for_a_tint()
         distance(x, x, "l2")
 
 
-def test_the_choice_is_the_negative_logarithm_of_the_share_that_zero_shot_classification_gives_the_target_text() -> None:
+def test_the_choice_is_what_the_log_probability_of_the_target_text_lacks_of_its_lead_over_the_others() -> None:
     target, sources = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    before = torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.8, 0.0]])
     after = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.6, 0.8]])
-    shares = [exp(6) / (exp(6) + exp(8) + 1), 1 / (1 + exp(6) + exp(8))]
-    assert choice_loss(after, target, sources, 10.0).item() == pytest.approx(log(SURE) - sum(map(log, shares)) / 2, rel=1e-5)
+    had = [log(exp(10) + 1), log(exp(8) + 1) - 6]  # the lead of the sources, with a scale of 10
+    now = [log(exp(8) + 1) - 6, log(exp(6) + exp(8))]
+    wanted = sum(0.5 * h + n for h, n in zip(had, now, strict=True)) / 2
+    assert choice_loss(before, after, target, sources, 10.0, 0.5).item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_an_image_that_is_read_as_the_target_is_asked_for_no_more() -> None:
-    texts = torch.eye(2)
-    sure, unsure = torch.tensor([[0.8, 0.6]]), torch.tensor([[0.6, 0.8]])
-    assert choice_loss(sure, texts[0], texts[1:], 10.0) == 0  # a share of 0.88
-    assert choice_loss(torch.cat([sure, unsure]), texts[0], texts[1:], 10.0) == choice_loss(unsure, texts[0], texts[1:], 10.0) / 2
+def test_an_image_that_leads_far_enough_is_asked_for_no_more() -> None:
+    texts, before = torch.eye(2), torch.tensor([[0.6, 0.8]])  # the source leads by 2
+    there, not_yet = torch.tensor([[0.76, 0.65]]), torch.tensor([[0.72, 0.69]])  # the target by 1.1 and by 0.3
+    assert choice_loss(before, there, texts[0], texts[1:], 10.0, 0.5) == 0
+    assert choice_loss(before, there, texts[0], texts[1:], 10.0, 1.0) == pytest.approx(0.9, abs=1e-5)
+    both = choice_loss(before.expand(2, 2), torch.cat([there, not_yet]), texts[0], texts[1:], 10.0, 0.5)
+    assert both == pytest.approx(0.7 / 2, abs=1e-5)
+
+
+def test_an_image_that_has_the_attribute_must_only_keep_it() -> None:
+    texts, has, lost = torch.eye(2), torch.tensor([[0.9, 0.1]]), torch.tensor([[0.4, 0.5]])
+    assert choice_loss(has, torch.tensor([[0.6, 0.5]]), texts[0], texts[1:], 10.0, 1.0) == 0
+    assert choice_loss(has, lost, texts[0], texts[1:], 10.0, 1.0) == pytest.approx(1)
 
 
 def test_a_longer_step_the_same_way_lowers_the_choice_and_not_the_directional_loss() -> None:
     source, target = torch.eye(2)
     way, steps = target - source, (0.3, 0.9)
     directional = [directional_loss(directional_similarity(source[None], source[None] + far * way, way)).item() for far in steps]
-    choices = [choice_loss(source[None] + far * way, target, source[None], 5.0).item() for far in steps]
+    choices = [choice_loss(source[None], source[None] + far * way, target, source[None], 5.0, 0.5).item() for far in steps]
     assert directional[0] == pytest.approx(directional[1], abs=1e-5)
     assert choices[1] < choices[0] / 4

@@ -117,6 +117,7 @@ def test_a_seed_decides_something_where_fresh_noise_enters() -> None:
         ({"clip_weight": 0.0, "l1_weight": 0.0}, "loss weights must not be negative nor all 0; got clip 0.0, l1 0.0, id 0.0, choice 0.0"),
         ({"l1_weight": float("nan")}, "loss weights must not be negative nor all 0; got clip 3.0, l1 nan, id 0.0, choice 0.0"),
         ({"choice_weight": -0.1}, "loss weights must not be negative nor all 0; got clip 3.0, l1 1.0, id 0.0, choice -0.1"),
+        ({"choice_lead": 3.0}, "the lead of the choice must lie between 0 and 2; got 3.0"),
         ({"warmup": -1}, "warmup must be at least 0; got -1"),
         ({"form": "l2"}, "form is one of log, cosine; got 'l2'"),
         ({"reference": "target"}, "reference is one of source, reconstruction; got 'target'"),

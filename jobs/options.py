@@ -32,7 +32,7 @@ ProjectionStep = Annotated[int | None, typer.Option("--project-step", help="Retu
 ProjectionSteps = Annotated[int | None, typer.Option("--project-steps", help="Rungs of each projection.", rich_help_panel=WALK)]
 Trim = Annotated[
     float | None,
-    typer.Option(help="Undo changes fainter than this share of an edit's greatest; 0 keeps all.", rich_help_panel=WALK),
+    typer.Option(help="Undo changes fainter than this share of an edit's strength; 0 keeps all.", rich_help_panel=WALK),
 ]
 ClassLabel = Annotated[int | None, typer.Option(help="For class-conditional base models.", rich_help_panel=WALK)]
 NoiseSeed = Annotated[int | None, typer.Option("--seed", help="Of fresh noise.", rich_help_panel=WALK)]

@@ -113,7 +113,7 @@ _ALL = (
         held_out=_PIXELFACE.parent / "held_out.parquet",
         counterfactuals=_PIXELFACE.parent / "counterfactuals.parquet",
         tuning_images=_PIXELFACE.parent / "tuning.parquet",
-        recipe=Recipe(trim=0.5),
+        recipe=Recipe(trim=0.8),
         tuning=Tuning(
             epochs=6,
             batch=8,

@@ -43,7 +43,7 @@ class Recipe:
     projection_steps: int = 6
     """Rungs of each projection; the official code has 6."""
     trim: float = 0.0
-    """Of an edit, changes fainter than this share of its greatest are undone (``models.trim``); 0 undoes none. A mix is not trimmed, since
+    """Of an edit, changes fainter than this share of its strength are undone (``models.trim``); 0 undoes none. A mix is not trimmed, since
     its fainter part would be taken for a tint, nor an image that was projected, which is to resemble the domain and not its source."""
     class_label: int | None = None
     """For class-conditional base models; None lets the label contribute nothing, as the official code does."""

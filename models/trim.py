@@ -4,21 +4,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+WIDE = 9
+"""An edit's strength is the mean over a square so many times as wide as the one in which a change is looked at."""
+
+
 def trimmed(edited: Tensor, source: Tensor, share: float) -> Tensor:
     """Edited images in which each pixel that changed faintly is the source's again; (B, C, H, W) each, any range.
 
     A fine-tuned network tints: next to the change that was asked for, it changes everything a little. ``share`` in [0, 1] is of the
-    greatest change of the image itself: what changed by more stays, what changed by less than half of it is undone, in between it is
-    undone in part. So half the degree trims at half the change, and a faint edit is not taken for a tint. 0 undoes nothing.
-    Changes are means over squares of a 32nd of the image's side, one pixel of 32 and nine of 256; the greatest over squares thrice as wide.
+    edit's strength, the mean change where the image changed most: what changed by more stays, what changed by less than half of it is
+    undone, in between it is undone in part. So half the degree trims at half the change, and a faint edit is not taken for a tint. 0 undoes
+    nothing. Changes are means over squares of a 32nd of the image's side, one pixel of 32 and nine of 256; the strength is of squares
+    ``WIDE`` times as wide, so that a few pixels that changed altogether, white glass before dark skin, do not make the rest look faint.
     """
     if not share:
         return edited
     change = edited - source
     side = edited.shape[-1] // 32 | 1
     size = _mean_over_squares(change.abs().mean(1, keepdim=True), side)
-    greatest = _mean_over_squares(size, 3 * side).amax((1, 2, 3), keepdim=True)
-    kept = (2 * size / (share * greatest).clamp_min(1e-6) - 1).clamp(0, 1)
+    strength = _mean_over_squares(size, WIDE * side).amax((1, 2, 3), keepdim=True)
+    kept = (2 * size / (share * strength).clamp_min(1e-6) - 1).clamp(0, 1)
     return source + kept * change
 
 

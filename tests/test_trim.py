@@ -43,3 +43,11 @@ def test_no_share_changes_nothing_and_an_edit_that_changes_nothing_is_the_source
     source, edited = edit(32, tint=0.05, strength=0.4)
     assert trimmed(edited, source, 0.0) is edited
     assert torch.equal(trimmed(source.clone(), source, 0.4), source)
+
+
+def test_a_few_pixels_that_changed_altogether_do_not_make_the_rest_of_the_edit_look_faint() -> None:
+    source, edited = edit(32, tint=0.05, strength=0.4)
+    edited[..., 6:8, 6:8] = source[..., 6:8, 6:8] + 1.2
+    after = trimmed(edited, source, 0.8)
+    assert torch.allclose(after[..., :14, :14], edited[..., :14, :14], atol=1e-6)
+    assert torch.equal(after[..., 20:], source[..., 20:])

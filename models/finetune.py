@@ -245,7 +245,7 @@ def start_training(model: nn.Module, tuning: Tuning, device: str = "cpu", precis
 
     The model's convolutions get the layout in memory in which they are faster.
     """
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     training = Training(
         model=model,
         optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=tuning.learning_rate),

@@ -3,7 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-
 WIDE = 9
 """An edit's strength is the mean over a square so many times as wide as the one in which a change is looked at."""
 

@@ -13,8 +13,8 @@ from jobs import options as o
 LIVE = "smiling"
 """The attribute that the demo fine-tunes before your eyes; the others come ready-made."""
 LIVE_IMAGES = 64
-LIVE_TUNING = {"images": 32, "choose_from": LIVE_IMAGES}
-"""Less than the ready-made edit models had, to be done within a minute."""
+LIVE_TUNING = {"images": 32, "choose_from": LIVE_IMAGES, "batch": 4, "warmup": 16}
+"""Fewer images than the ready-made edit models had, to be done within a minute; smaller batches, so that there are steps enough."""
 Folder = Annotated[Path, typer.Option("--out", help="Where everything goes; an earlier demo there is replaced.")]
 Rows = Annotated[int, typer.Option(help="Held-out images to edit.", min=1, max=1000)]
 
